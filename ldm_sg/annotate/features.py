@@ -1,0 +1,153 @@
+"""g: one vector per image, from pixels alone. No labels and no download, neither to compute it nor to choose it.
+
+`patch-quantiles` describes an image by how strongly learned patch filters answer over it: small, middle and large
+patches, each projected on the leading components of the data set's own patches; the log-energies' quantiles over the
+image say how much of each texture there is and how extreme it gets, wherever it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm_sg.autoencoder import PatchPCA, PatchPCAFit
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of the energies over an image; their mean comes last
+ENERGY_FLOOR = 1e-5  # keeps the logarithm finite on flat patches
+FIT_EVERY = 5  # every fifth patch is enough for the filters, and five is prime to the patches in a row
+
+
+class Scale(NamedTuple):
+    """One size of patch: the image is halved so often, cut into squares of `patch_px`, `filters` are kept."""
+
+    halvings: int
+    patch_px: int
+    filters: int
+
+
+SCALES = (Scale(0, 8, 32), Scale(0, 16, 64), Scale(1, 16, 64))  # 8, 16 and 32 px of the image
+
+
+class Extractor(Protocol):
+    """What every feature offers: raw vectors; `projection` makes k-means input of them."""
+
+    def extract(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) in [-1, 1] -> raw features (B, D) float32, within float16's range."""
+        ...
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The weights, for a store or a run to keep."""
+        ...
+
+
+class ExtractorFit(Protocol):
+    """Sees every image once, then gives the extractor."""
+
+    def add(self, x: Tensor) -> None:
+        """Add a batch (B, 3, S, S) in [-1, 1]."""
+        ...
+
+    def finish(self) -> Extractor:
+        """Give the extractor."""
+        ...
+
+
+class PatchQuantiles:
+    """Quantiles over the image of log-energies of PCA filters at three scales, D = 7 * (32 + 64 + 64).
+
+    Args:
+        filters: one fitted patch PCA per scale.
+    Source: ours; docs/results.md compares it with what else was tried.
+    """
+
+    def __init__(self, filters: list[PatchPCA]):
+        self.filters = filters
+
+    def extract(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) in [-1, 1] -> (B, D) float32; rotation and position inside the image do not enter."""
+        parts = [self._scale(at_scale(x, s), pca) for s, pca in zip(SCALES, self.filters, strict=True)]
+        return torch.cat(parts, dim=1)
+
+    def _scale(self, x: Tensor, pca: PatchPCA) -> Tensor:
+        energy = np.ascontiguousarray(pca.encode(x).square().flatten(2).numpy())  # (B, filters, patches)
+        mean = energy.mean(-1)
+        energy.sort(-1)  # numpy sorts float32 rows about four times as fast as torch on one core
+        last = energy.shape[-1] - 1
+        statistics = np.stack([*(energy[..., round(q * last)] for q in QUANTILES), mean], axis=1)
+        return torch.from_numpy(np.log(statistics + ENERGY_FLOOR)).flatten(1)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        return {f"{i}.{name}": t for i, pca in enumerate(self.filters) for name, t in pca.tensors().items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, np.ndarray]) -> PatchQuantiles:
+        def part(i: int) -> dict[str, np.ndarray]:
+            return {n.split(".", 1)[1]: t for n, t in tensors.items() if n.startswith(f"{i}.")}
+
+        return cls([PatchPCA.from_tensors(part(i)) for i in range(len(SCALES))])
+
+
+class PatchQuantilesFit:
+    """Fits the filters of every scale in one streaming pass.
+
+    Args:
+        size_px: S, at least twice the largest patch.
+    Raises:
+        ValueError: for smaller images.
+    """
+
+    def __init__(self, size_px: int):
+        largest = max(s.patch_px << s.halvings for s in SCALES)
+        if size_px < 2 * largest:
+            raise ValueError(
+                f"got {size_px} px images, expected at least {2 * largest} for patch-quantiles: --size"
+            )
+        self.fits = [PatchPCAFit(s.patch_px, s.filters, every=FIT_EVERY) for s in SCALES]
+
+    def add(self, x: Tensor) -> None:
+        for scale, fit in zip(SCALES, self.fits, strict=True):
+            fit.add(at_scale(x, scale))
+
+    def finish(self) -> PatchQuantiles:
+        return PatchQuantiles([fit.finish() for fit in self.fits])
+
+
+def at_scale(x: Tensor, scale: Scale) -> Tensor:
+    """Shrink images to a scale and cut what does not fill a patch.
+
+    Args:
+        x: (B, 3, S, S).
+        scale: halvings and patch side.
+    Returns:
+        (B, 3, s, s), s a multiple of `patch_px`.
+    """
+    x = F.avg_pool2d(x, 2**scale.halvings) if scale.halvings else x
+    side = x.shape[-1] // scale.patch_px * scale.patch_px
+    return x[..., :side, :side]
+
+
+FEATURES: dict[str, Callable[[int], ExtractorFit]] = {"patch-quantiles": PatchQuantilesFit}
+LOADERS: dict[str, Callable[[dict[str, np.ndarray]], Extractor]] = {
+    "patch-quantiles": PatchQuantiles.from_tensors
+}
+
+
+def load_features(name: str, tensors: dict[str, np.ndarray]) -> Extractor:
+    """Rebuild an extractor from what a store or a run kept of it.
+
+    Args:
+        name: a key of `LOADERS`.
+        tensors: what `Extractor.tensors` gave.
+    Returns:
+        The extractor.
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in LOADERS:
+        raise ValueError(f"got features {name!r}, expected one of {', '.join(LOADERS)}")
+    return LOADERS[name](tensors)

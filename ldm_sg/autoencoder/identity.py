@@ -1,0 +1,37 @@
+"""The autoencoder of pixel space: latents are the pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+
+class Identity:
+    """Latents are pixels in [-1, 1]; for the paper's 32 and 64 px tables."""
+
+    id = "identity"
+    channels = 3
+    downsample = 1
+
+    def add(self, x: Tensor) -> None:
+        """Nothing to fit."""
+
+    def finish(self) -> Identity:
+        """The autoencoder itself."""
+        return self
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        return moments
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        return {}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, np.ndarray]) -> Identity:
+        return cls()

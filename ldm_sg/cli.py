@@ -1,0 +1,45 @@
+"""What every tool does alike: an example in --help, one line for a user's error, --debug for the traceback."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+
+def parser(description: str, example: str) -> argparse.ArgumentParser:
+    """Make a tool's parser.
+
+    Args:
+        description: what the tool does, one sentence.
+        example: a command that works, shown below the options.
+    Returns:
+        A parser that has --debug.
+    """
+    made = argparse.ArgumentParser(
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
+def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
+    """Call a tool's main function; exit with 2 and one line on what a user can mend, 130 on Ctrl-C.
+
+    Args:
+        main: does the work.
+        arguments: parsed.
+    """
+    try:
+        main(arguments)
+    except (ValueError, FileNotFoundError, OSError) as error:
+        if arguments.debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

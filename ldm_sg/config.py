@@ -1,0 +1,214 @@
+"""The whole configuration story: the schema below, then one YAML, then key=value; plain dataclasses come out.
+
+Sections are named as the stages of the flow. A YAML lists only what differs from the defaults here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIG_ROOT = Path(__file__).resolve().parents[1] / "configs"
+
+CHOICES = {
+    "diffusion.parameterisation": ("eps", "v", "edm"),
+    "diffusion.schedule": ("linear", "scaled_linear", "cosine", "edm"),
+    "diffusion.loss": ("l2", "l1"),
+    "train.lr_decay": ("none", "cosine"),
+    "train.precision": ("auto", "fp32", "bf16"),
+    "sample.sampler": ("ddim", "heun", "dpm++2m"),
+}
+
+
+@dataclass
+class AnnotateConfig:
+    """Images to store."""
+
+    dataset: str = "elpv"  # a name of ldm_sg.data.DATASETS, or a folder
+    size_px: int = 256  # side of the square that images are cropped and resized to
+    autoencoder: str = "patch-pca"  # a name of ldm_sg.autoencoder.AUTOENCODERS
+    patch_px: int = 16  # patch-pca: side of a patch, also the downsampling factor
+    latent_channels: int = 16  # patch-pca: components kept per patch
+    features: str = "patch-quantiles"  # a name of ldm_sg.annotate.FEATURES
+    clusters: list[int] = field(default_factory=lambda: [32])  # K; several give several columns
+    column: str | None = None  # to train on; None takes the newest cluster column
+    seed: int = 0  # of k-means
+    limit: int | None = None  # use only the first so many images; None means all
+    max_bad: float = 0.10  # share of unreadable images above which annotation gives up
+    shard_rows: int = 1024  # images per shard: what a killed annotation loses at most
+    batch_size: int = 32  # images decoded and encoded at once
+
+
+@dataclass
+class ModelConfig:
+    """The UNet (ldm_sg.model.UNet explains each field)."""
+
+    guided: bool = True  # false builds the unguided network of the paper's baseline
+    base: int = 128
+    multipliers: list[int] = field(default_factory=lambda: [1, 2, 2, 3, 4])
+    attention: list[int] | None = field(default_factory=lambda: [8, 4])  # downsampling factors; null for none
+    num_blocks: int = 2
+    heads: int = 8
+    tokens: bool = False  # guidance tokens in the attention
+    dropout: float = 0.0
+
+
+@dataclass
+class DiffusionConfig:
+    """Noise and what the network predicts."""
+
+    parameterisation: str = "eps"
+    schedule: str = "scaled_linear"
+    num_steps: int = 1000  # T of the discrete schedules
+    beta_start: float = 0.0015  # beta_1 of linear and scaled_linear
+    beta_end: float = 0.0155  # beta_T
+    sigma_min: float = 0.01  # edm: last noise level of a trajectory, in units of the latents' deviation
+    sigma_max: float = 60.0  # edm: first noise level
+    rho: float = 7.0  # edm: spacing exponent (Karras et al. 2022, eq. 5)
+    log_sigma_mean: float = -0.6  # edm: training noise is log-normal
+    log_sigma_std: float = 1.4
+    loss: str = "l2"
+    min_snr_gamma: float | None = None  # null for no weighting (Hang et al. 2023)
+
+
+@dataclass
+class TrainConfig:
+    """Store to run."""
+
+    steps: int = 600_000
+    batch_size: int = 48  # over all processes
+    lr: float = 5e-5  # absolute: never scaled by batch or processes
+    warmup_steps: int = 500
+    lr_decay: str = "none"
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0  # norm
+    ema_decay: float = 0.9999  # reached through min(decay, (1 + n) / (10 + n))
+    drop_prob: float = 0.1  # share of samples trained with the null guidance
+    flip: bool = True  # half of the latents are those of the mirrored image
+    seed: int = 0
+    precision: str = "auto"  # bf16 autocast where the hardware has bf16 matrix units, else fp32
+    log_every: int = 10  # steps
+    checkpoint_every: int = 5000
+    keep_checkpoints: int = 2
+    sample_every: int = 5000  # steps between the sample grids; 0 for none
+
+
+@dataclass
+class SampleConfig:
+    """Run to images."""
+
+    sampler: str = "ddim"
+    steps: int = 50
+    scale: float = 2.0  # w of Eq. 4: 0 unconditional, 1 conditional
+    eta: float = 0.0  # of ddim: 0 deterministic, 1 ancestral
+    seed: int = 0
+    n: int = 8  # images per cluster
+    micro_batch: int = 16  # images per forward; fixed, so that an image never depends on its neighbours
+
+
+@dataclass
+class EvaluateConfig:
+    """Images to numbers."""
+
+    images_per_cluster: int = 4  # for the guidance agreement
+    unguided_images: int = 256  # for the histogram at w=0
+    copy_images: int = 128  # generated images looked up among the training images
+
+
+@dataclass
+class Config:
+    """One run, from images to numbers."""
+
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def load_config(path: Path | None, overrides: list[str] | None = None) -> Config:
+    """Merge schema, YAML and key=value into a checked configuration.
+
+    Args:
+        path: a YAML file; None takes the schema's defaults.
+        overrides: "section.key=value" strings, applied last.
+    Returns:
+        Plain dataclasses.
+    Raises:
+        FileNotFoundError: if `path` is missing.
+        ValueError: for an unknown key, a value of the wrong type, or values that do not fit together.
+    """
+    if path is not None and not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIG_ROOT.glob("*.yaml")))
+        raise FileNotFoundError(f"no configuration at {path}; those in {CONFIG_ROOT}: {known}")
+    for item in overrides or []:
+        if "=" not in item:
+            raise ValueError(f"got {item!r}, expected section.key=value, such as train.lr=1e-4")
+    try:
+        layers = [OmegaConf.structured(Config)]
+        if path is not None:
+            layers.append(OmegaConf.load(path))
+        layers.append(OmegaConf.from_dotlist(overrides or []))
+        merged: Any = OmegaConf.to_object(OmegaConf.merge(*layers))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"configuration: {str(error).splitlines()[0]}") from error
+    check(merged)
+    return merged
+
+
+def check(config: Config) -> None:
+    """Check the values that a type cannot.
+
+    Args:
+        config: a merged configuration.
+    Raises:
+        ValueError: naming the key, what it is and what it must be.
+    """
+    for key, choices in CHOICES.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value not in choices:
+            raise ValueError(f"{key}: got {value!r}, expected one of {', '.join(choices)}")
+    edm = (config.diffusion.parameterisation == "edm", config.diffusion.schedule == "edm")
+    if edm[1] and not edm[0]:
+        raise ValueError("diffusion.schedule: edm needs diffusion.parameterisation=edm")
+    positive = (
+        "train.batch_size",
+        "train.lr",
+        "sample.steps",
+        "sample.n",
+        "sample.micro_batch",
+        "model.base",
+    )
+    for key in (*positive, "annotate.size_px", "annotate.shard_rows", "diffusion.num_steps"):
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if not value > 0:
+            raise ValueError(f"{key}: got {value}, expected more than 0")
+    if not 0 <= config.train.drop_prob <= 1:
+        raise ValueError(f"train.drop_prob: got {config.train.drop_prob}, expected 0 to 1")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Turn a configuration into nested plain dicts, as `config.yaml` and the checkpoints hold it."""
+    return dataclasses.asdict(config)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """Name the keys at which two configurations differ, as "section.key: a != b"."""
+    rows = []
+    for section, values in to_dict(a).items():
+        other = to_dict(b)[section]
+        rows += [f"{section}.{k}: {v!r} != {other[k]!r}" for k, v in values.items() if v != other[k]]
+    return rows

@@ -1,0 +1,124 @@
+"""The numbers of one run, collected: reconstruction, guidance agreement, unguided histogram, copies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ldm_sg.annotate.annotator import Annotator
+from ldm_sg.autoencoder import Autoencoder
+from ldm_sg.config import SampleConfig
+from ldm_sg.data import to_model_range
+from ldm_sg.evaluate.agreement import guidance_agreement, reconstruction_ceiling, unguided_variation
+from ldm_sg.evaluate.copies import audit_copies, thumbnails
+from ldm_sg.hardware import describe
+from ldm_sg.sample import Sampler
+from ldm_sg.sample.grid import RealImages
+from ldm_sg.train.run import Run
+
+CEILING_IMAGES = 512  # real images for the reconstruction numbers
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        numbers: what metrics.json holds.
+        guided: (K * n, S, S, 3) uint8 at the run's scale, n per cluster.
+        unguided: (M, S, S, 3) uint8 at w = 0.
+    """
+
+    numbers: dict[str, Any]
+    guided: np.ndarray
+    unguided: np.ndarray
+
+
+def psnr(autoencoder: Autoencoder, images: np.ndarray) -> float:
+    """Measure reconstruction.
+
+    Args:
+        autoencoder: encodes and decodes.
+        images: (N, S, S, 3) uint8.
+    Returns:
+        PSNR in dB of the squared error pooled over all images, with peak 2 on [-1, 1].
+    """
+    total = 0.0
+    for start in range(0, len(images), 32):
+        x = to_model_range(images[start : start + 32])
+        z = autoencoder.sample(autoencoder.encode(x))
+        total += float(((autoencoder.decode(z) - x) ** 2).mean((1, 2, 3)).sum())
+    return 10 * float(np.log10(4 / (total / len(images))))
+
+
+def evaluate(
+    run: Run, options: SampleConfig, progress: Callable[[str, int], Callable[[int], None]]
+) -> Evaluation:
+    """Generate, annotate again, and compare with the training images; writes metrics.json in the run.
+
+    Args:
+        run: trained; its store and images must be there.
+        options: scale, steps, sampler, seed.
+        progress: (stage, total images) -> a function to call with the images just done.
+    Returns:
+        The numbers and the images they were taken from.
+    """
+    sampler, real = Sampler(run), RealImages(run)
+    annotator = Annotator.load(run.facts.features, run.features())
+    counts, num_clusters = run.config.evaluate, run.facts.num_clusters
+    numbers: dict[str, Any] = {
+        "run": run.name,
+        "steps_trained": run.steps_done(),
+        "hardware": describe(sampler.device),
+        "sampler": options.sampler,
+        "sampling_steps": options.steps,
+        "seed": options.seed,
+    }
+    shown = np.random.default_rng(options.seed).choice(
+        real.store.num_rows, min(CEILING_IMAGES, real.store.num_rows), False
+    )
+    images = real.rows(shown)
+    numbers["psnr_db"] = psnr(sampler.autoencoder, images)
+    numbers["agreement_ceiling"] = reconstruction_ceiling(sampler, annotator, images, real.clusters[shown])
+    guided = np.zeros((0, *images.shape[1:]), np.uint8)
+    if run.config.model.guided:
+        n = counts.images_per_cluster
+        bar = progress("guided", n * num_clusters)
+        agreement = guidance_agreement(sampler, annotator, replace(options, n=n), bar)
+        guided = agreement.images
+        numbers |= {"scale": agreement.scale, "agreement": agreement.share, "agreement_images": len(guided)}
+        numbers["agreement_per_cluster"] = agreement.per_cluster.tolist()
+    bar = progress("unguided", counts.unguided_images)
+    variation, unguided = unguided_variation(sampler, annotator, options, counts.unguided_images, bar)
+    numbers |= {"unguided_total_variation": variation, "unguided_images": len(unguided)}
+    numbers["unguided_total_variation_floor"] = sampling_floor(run.facts.histogram, len(unguided))
+    numbers |= copy_numbers(guided if len(guided) else unguided, real, annotator)
+    (run.path / "metrics.json").write_text(json.dumps(numbers, indent=1))
+    return Evaluation(numbers, guided, unguided)
+
+
+def copy_numbers(generated: np.ndarray, real: RealImages, annotator: Annotator) -> dict[str, Any]:
+    """Audit generated images against the whole training set, in pixels and in features."""
+    chunks = [
+        real.rows(range(i, min(i + 256, real.store.num_rows))) for i in range(0, real.store.num_rows, 256)
+    ]
+    pixels = np.concatenate([thumbnails(chunk) for chunk in chunks])
+    features = annotator.projection(real.store.read_all("feature"))
+    in_pixels = audit_copies(thumbnails(generated), pixels)
+    in_features = audit_copies(annotator.features(generated), features)
+    return {
+        "copies_in_pixels": in_pixels.share,
+        "copies_in_features": in_features.share,
+        "copy_images": len(generated),
+    }
+
+
+def sampling_floor(histogram: list[int], n: int) -> float:
+    """Give the total variation that n draws from the histogram itself have on average (200 trials)."""
+    p = np.array(histogram) / sum(histogram)
+    draws = np.random.default_rng(0).multinomial(n, p, size=200) / n
+    return float(np.abs(draws - p).sum(1).mean() / 2)

@@ -1,0 +1,6 @@
+"""The self-guided UNet."""
+
+from ldm_sg.model.guidance import drop_guidance, one_hot
+from ldm_sg.model.unet import UNet
+
+__all__ = ["UNet", "drop_guidance", "one_hot"]

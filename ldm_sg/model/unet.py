@@ -1,0 +1,146 @@
+"""The self-guided UNet: ADM's network as latent diffusion uses it, plus the paper's guidance inputs.
+
+`concat[t, k]` feeds every block (Eq. 7), a spatial mask is concatenated to the input (Eq. 8 and 9), and guidance
+tokens join the image tokens at the attention sites (appendix B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm_sg.model.attention import Attention
+from ldm_sg.model.blocks import ResBlock, time_features
+from ldm_sg.model.guidance import EMBED_WIDTH, GuidanceTokens, guidance_embedding
+from ldm_sg.model.norm import GroupNorm
+
+
+class Stage(nn.Module):
+    """One residual block, followed by attention where there is some."""
+
+    def __init__(self, block: ResBlock, attention: Attention | None):
+        super().__init__()
+        self.block, self.attention = block, attention
+
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+        x = self.block(x, embedding)
+        return x if self.attention is None else self.attention(x, tokens)
+
+
+class UNet(nn.Module):
+    """Predict the network output F of a parameterisation from a noisy latent.
+
+    Args:
+        channels: C of the latent.
+        num_clusters: K of the label guidance; 0 builds the unguided network.
+        spatial_channels: S of the mask guidance; 0 for none.
+        base: width of the first level.
+        multipliers: width of each level in units of `base`; every level after the first halves the map.
+        attention: downsampling factors at which attention follows a block; None leaves out the middle one too.
+        num_blocks: residual blocks per level.
+        heads: attention heads.
+        tokens: whether guidance tokens join the attention.
+        dropout: inside the residual blocks.
+    Source: Dhariwal & Nichol (2021), section 3; Rombach et al. (2022), appendix; paper eq. 7, 8, 9 and table 11.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_clusters: int = 0,
+        spatial_channels: int = 0,
+        *,
+        base: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 3, 4),
+        attention: Sequence[int] | None = (8, 4),
+        num_blocks: int = 2,
+        heads: int = 8,
+        tokens: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.channels, self.num_clusters, self.spatial_channels = channels, num_clusters, spatial_channels
+        self.base, self.downsample = base, 2 ** (len(multipliers) - 1)
+        guided = num_clusters > 0
+        self.time_embed = nn.Sequential(nn.Linear(base, 4 * base), nn.SiLU(), nn.Linear(4 * base, 4 * base))
+        self.label_embed = guidance_embedding(num_clusters) if guided else None
+        self.tokens = GuidanceTokens(num_clusters) if guided and tokens else None
+        embed_width = 4 * base + EMBED_WIDTH * guided
+
+        def stage(c_in: int, c_out: int, factor: int, resample: str = "none") -> Stage:
+            here = attention is not None and factor in attention and resample == "none"
+            block = ResBlock(c_in, c_out, embed_width, resample, dropout)
+            return Stage(block, Attention(c_out, heads, self.tokens is not None) if here else None)
+
+        width, factor = base * multipliers[0], 1
+        self.conv_in = nn.Conv2d(channels + spatial_channels, width, 3, padding=1)
+        self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [width]
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(num_blocks):
+                self.down.append(stage(width, base * multiplier, factor))
+                width = base * multiplier
+                skips.append(width)
+            if level < len(multipliers) - 1:
+                self.down.append(stage(width, width, factor, "down"))
+                skips.append(width)
+                factor *= 2
+
+        middle = Attention(width, heads, self.tokens is not None) if attention is not None else None
+        self.middle_in = Stage(ResBlock(width, width, embed_width, dropout=dropout), middle)
+        self.middle_out = ResBlock(width, width, embed_width, dropout=dropout)
+
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for _ in range(num_blocks + 1):
+                self.up.append(stage(width + skips.pop(), base * multiplier, factor))
+                width = base * multiplier
+            if level:
+                self.up.append(stage(width, width, factor, "up"))
+                factor //= 2
+
+        self.norm_out = GroupNorm(width)
+        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(
+        self, x: Tensor, time: Tensor, label: Tensor | None = None, spatial: Tensor | None = None
+    ) -> Tensor:
+        """Run the network.
+
+        Args:
+            x: (B, C, h, w) scaled noisy latent; h and w divisible by `downsample`.
+            time: (B,) the network's time input.
+            label: (B, K) one-hot or multi-hot; None means the null label (zeros).
+            spatial: (B, S, h, w) mask; None means the null mask (zeros).
+        Returns:
+            (B, C, h, w) float32.
+        """
+        embedding, tokens = self._embed(x, time, label)
+        if self.spatial_channels:
+            mask = (
+                x.new_zeros(x.shape[0], self.spatial_channels, *x.shape[2:]) if spatial is None else spatial
+            )
+            x = torch.cat([x, mask], dim=1)  # (B, C + S, h, w), Eq. 8 and 9
+        h = self.conv_in(x)
+        skips = [h]
+        for stage in self.down:
+            h = stage(h, embedding, tokens)
+            skips.append(h)
+        h = self.middle_out(self.middle_in(h, embedding, tokens), embedding)
+        for stage in self.up:
+            if stage.block.resample == "none":
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = stage(h, embedding, tokens)
+        return self.conv_out(self.norm_out(h)).float()
+
+    def _embed(self, x: Tensor, time: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        embedding = self.time_embed(time_features(time, self.base).to(x.dtype))  # (B, 4 base)
+        if self.label_embed is None:
+            return embedding, None
+        if label is None:
+            label = x.new_zeros(x.shape[0], self.num_clusters)
+        label = label.to(x.dtype)
+        embedding = torch.cat([embedding, self.label_embed(label)], dim=1)  # concat[t, k], Eq. 7
+        return embedding, None if self.tokens is None else self.tokens(label)

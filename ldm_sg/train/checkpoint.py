@@ -1,0 +1,118 @@
+"""Checkpoints: a folder per step, complete or absent; `latest` names the newest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ldm_sg.train.ema import EMA
+
+FILES = ("network.safetensors", "ema.safetensors", "optimizer.pt")
+
+
+def save_checkpoint(
+    folder: Path, step: int, network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, keep: int
+) -> Path:
+    """Write the state after `step` steps, then point `latest` at it and remove the oldest beyond `keep`.
+
+    Args:
+        folder: the run's `checkpoints/`.
+        step: steps done.
+        network, ema, optimizer: the state.
+        keep: how many checkpoints stay.
+    Returns:
+        The checkpoint's folder.
+    Raises:
+        OSError: if the disk is full; nothing that was there before is lost.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final, partial = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        save_file(_contiguous(network), partial / FILES[0], {"step": str(step)})
+        save_file(
+            _contiguous(ema.network), partial / FILES[1], {"step": str(step), "updates": str(ema.updates)}
+        )
+        torch.save(
+            {"optimizer": optimizer.state_dict(), "updates": ema.updates, "step": step}, partial / FILES[2]
+        )
+        for file in partial.iterdir():
+            _sync(file)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync(folder)
+    _point(folder.parent / "latest", final)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
+    """Restore the state that `save_checkpoint` wrote.
+
+    Args:
+        folder: one checkpoint.
+        network, ema, optimizer: filled in place.
+    Returns:
+        The number of steps done.
+    Raises:
+        ValueError: if the checkpoint does not fit the network.
+    """
+    load_weights(network, folder / FILES[0])
+    load_weights(ema.network, folder / FILES[1])
+    state = torch.load(folder / FILES[2], weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    ema.updates = state["updates"]
+    return int(state["step"])
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a network of exactly that shape.
+
+    Args:
+        network: filled in place.
+        path: a file that `save_checkpoint` wrote.
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if names or shapes differ, or the file is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}: the checkpoint is incomplete; train again")
+    try:
+        network.load_state_dict(load_file(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} does not fit this network: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # safetensors raises its own type on a damaged file
+        raise ValueError(f"{path} is damaged ({error}): delete its folder and train again") from error
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List the complete checkpoints of a run, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if not p.name.endswith(".tmp"))
+
+
+def _contiguous(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.detach().contiguous() for name, t in network.state_dict().items()}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _point(link: Path, target: Path) -> None:
+    temporary = link.with_name("latest.tmp")
+    temporary.write_text(f"{target.name}\n")
+    temporary.replace(link)

@@ -1,0 +1,290 @@
+"""The run folder: everything that sampling and evaluation need, so that a run outlives its store.
+
+config.yaml  store.json  autoencoder/  features/  checkpoints/step-*  latest  metrics.jsonl  samples/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from ldm_sg.autoencoder import Autoencoder, load_autoencoder
+from ldm_sg.config import Config, DiffusionConfig, ModelConfig, differences, load_config, save_config
+from ldm_sg.diffusion import Schedule, build_schedule
+from ldm_sg.model import UNet
+from ldm_sg.store import Store
+
+RUNS_ROOT = Path("runs")
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """What a run remembers of the store it was trained on (store.json)."""
+
+    store: str  # folder
+    generation: int
+    job: str  # hash of what defines the store's rows
+    column: str  # the cluster column
+    dataset: str
+    size_px: int
+    num_images: int
+    num_clusters: int  # K
+    histogram: list[int]  # (K,) images per cluster
+    latent_shape: list[int]  # (C, h, w)
+    latent_mean: list[float]  # (C,)
+    latent_std: list[float]  # (C,)
+    autoencoder: str  # name; its weights lie in autoencoder/
+    features: str  # name; their weights and the centroids lie in features/
+    provenance: dict[str, object]  # of the column
+    created: str
+
+    def standardise(self, z: Tensor) -> Tensor:
+        """Latents of the autoencoder (B, C, h, w) -> zero mean, unit variance per channel."""
+        mean, std = self._statistics(z)
+        return (z - mean) / std
+
+    def restore(self, z: Tensor) -> Tensor:
+        """The inverse of `standardise`."""
+        mean, std = self._statistics(z)
+        return z * std + mean
+
+    def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        mean = torch.tensor(self.latent_mean, device=z.device).view(1, -1, 1, 1)
+        return mean, torch.tensor(self.latent_std, device=z.device).view(1, -1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run folder."""
+
+    path: Path
+    config: Config
+    facts: StoreFacts
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def latest(self) -> Path | None:
+        """Give the newest complete checkpoint, or None before the first."""
+        link = self.path / "latest"
+        if not link.is_file():
+            return None
+        folder = self.checkpoints / link.read_text().strip()
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{link} names {folder.name}, which is missing: restore it or train a new run"
+            )
+        return folder
+
+    def steps_done(self) -> int:
+        """Give the step of the newest checkpoint, 0 before the first."""
+        latest = self.latest()
+        return int(latest.name.removeprefix("step-")) if latest else 0
+
+    def autoencoder(self) -> Autoencoder:
+        """Load the run's autoencoder."""
+        return load_autoencoder(
+            self.facts.autoencoder, load_file(self.path / "autoencoder" / "weights.safetensors")
+        )
+
+    def features(self) -> dict[str, np.ndarray]:
+        """Load the feature definition's weights and, as "centroids", the clusters' centres."""
+        return load_file(self.path / "features" / "weights.safetensors")
+
+
+def build_network(config: ModelConfig, facts: StoreFacts) -> UNet:
+    """Make the network that a configuration and a store describe.
+
+    Args:
+        config: the `model` section.
+        facts: gives C and K.
+    Returns:
+        A `UNet` whose fresh weights come from torch's global generator.
+    Raises:
+        ValueError: if the network halves the latents more often than their size allows.
+    """
+    channels, *sides = facts.latent_shape
+    network = UNet(
+        channels,
+        facts.num_clusters if config.guided else 0,
+        base=config.base,
+        multipliers=config.multipliers,
+        attention=config.attention,
+        num_blocks=config.num_blocks,
+        heads=config.heads,
+        tokens=config.tokens,
+        dropout=config.dropout,
+    )
+    if any(side % network.downsample for side in sides):
+        raise ValueError(
+            f"model.multipliers: {len(config.multipliers)} levels halve the latents to 1/{network.downsample}, "
+            f"which does not divide {sides[0]}x{sides[1]}: use fewer levels"
+        )
+    return network
+
+
+def build_run_schedule(d: DiffusionConfig) -> Schedule:
+    """Make the schedule that a run's configuration describes."""
+    return build_schedule(
+        d.schedule,
+        num_steps=d.num_steps,
+        beta_start=d.beta_start,
+        beta_end=d.beta_end,
+        sigma_min=d.sigma_min,
+        sigma_max=d.sigma_max,
+        rho=d.rho,
+        log_sigma_mean=d.log_sigma_mean,
+        log_sigma_std=d.log_sigma_std,
+    )
+
+
+def facts_of(store: Store, column: str | None) -> StoreFacts:
+    """Collect what a run must remember of a store.
+
+    Args:
+        store: opened.
+        column: a cluster column; None takes the newest.
+    Returns:
+        The facts.
+    Raises:
+        ValueError: if the store has no such cluster column.
+    """
+    column = column or store.newest_column("cluster")
+    records = store.manifest["columns"]
+    if records.get(column, {}).get("kind") != "cluster":
+        known = ", ".join(name for name, record in records.items() if record["kind"] == "cluster")
+        raise ValueError(
+            f"annotate.column: got {column!r}, expected a cluster column of {store.folder}: {known}"
+        )
+    about, provenance = store.manifest["provenance"], records[column]["provenance"]
+    num_clusters = int(provenance["num_clusters"])
+    sides = store.manifest["schema"]["latent"]["shape"][2:]  # of (2, C or 2C, h, w)
+    return StoreFacts(
+        store=str(store.folder),
+        generation=store.generation,
+        job=store.manifest["job"],
+        column=column,
+        dataset=about["dataset"],
+        size_px=int(about["size_px"]),
+        num_images=store.num_rows,
+        num_clusters=num_clusters,
+        histogram=np.bincount(store.column(column), minlength=num_clusters).tolist(),
+        latent_shape=[len(store.latent_mean), *sides],
+        latent_mean=store.latent_mean.tolist(),
+        latent_std=store.latent_std.tolist(),
+        autoencoder=about["autoencoder"],
+        features=about["features"],
+        provenance=provenance,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+
+
+def create_run(path: Path, config: Config, store: Store) -> Run:
+    """Make a run folder, complete or not at all.
+
+    Args:
+        path: the new folder.
+        config: resolved.
+        store: what it will train on.
+    Returns:
+        The opened run.
+    """
+    facts = facts_of(store, config.annotate.column)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for part in ("autoencoder", "features"):
+        (partial / part).mkdir(parents=True)
+    save_config(config, partial / "config.yaml")
+    (partial / "store.json").write_text(json.dumps(asdict(facts), indent=1))
+    save_file(store.asset("autoencoder")[0], partial / "autoencoder" / "weights.safetensors")
+    weights = {**store.asset("features")[0], **store.asset(f"clusters-{facts.column}")[0]}
+    save_file(weights, partial / "features" / "weights.safetensors")
+    partial.rename(path)
+    return open_run(path)
+
+
+def open_run(path: Path) -> Run:
+    """Open a run folder.
+
+    Args:
+        path: the folder.
+    Returns:
+        The run.
+    Raises:
+        FileNotFoundError: if it is no run, or not a whole one.
+        ValueError: if its files are damaged or of another version.
+    """
+    if not (path / "config.yaml").is_file() or not (path / "store.json").is_file():
+        known = ", ".join(p.name for p in list_runs(path.parent)) or "none"
+        raise FileNotFoundError(
+            f"no run at {path}; runs there: {known}. Train one: torchrun tools/train_ldm.py"
+        )
+    try:
+        facts = StoreFacts(**json.loads((path / "store.json").read_text()))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(
+            f"{path / 'store.json'} is damaged or of another version ({error}): train a new run"
+        ) from error
+    return Run(path, load_config(path / "config.yaml"), facts)
+
+
+def list_runs(root: Path) -> list[Path]:
+    """List the run folders below `root`, oldest first by the time recorded in them."""
+    found = [p.parent for p in root.glob("*/store.json") if not p.parent.name.startswith(".")]
+    return sorted(
+        found, key=lambda p: (json.loads((p / "store.json").read_text()).get("created", ""), p.name)
+    )
+
+
+def newest_run(root: Path = RUNS_ROOT) -> Run:
+    """Open the newest run.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    runs = list_runs(root)
+    if not runs:
+        raise FileNotFoundError(f"no run in {root}/: train one with torchrun tools/train_ldm.py")
+    return open_run(runs[-1])
+
+
+def resume_or_create(path: Path, config: Config, store: Store) -> Run:
+    """Open the run to continue, or make it.
+
+    Args:
+        path: the run's folder.
+        config: what is asked for now.
+        store: the store asked for now.
+    Returns:
+        The run.
+    Raises:
+        ValueError: if a run of that name has another store or configuration; says which field.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return create_run(path, config, store)
+    run, now = open_run(path), facts_of(store, config.annotate.column)
+    changed = differences(run.config, config)
+    for field in ("job", "generation", "column"):
+        old, new = getattr(run.facts, field), getattr(now, field)
+        if old != new:
+            changed.insert(0, f"store {field}: {old} != {new}")
+    if changed:
+        raise ValueError(f"run {run.name} differs in {'; '.join(changed[:3])}: name another with --run NEW")
+    return run

@@ -1,0 +1,47 @@
+"""The crop is the LSUN loader of latent diffusion, pixel for pixel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_sg.data.crop import center_crop_resize
+
+
+def lsun_loader(image: Image.Image, size_px: int) -> np.ndarray:
+    """The published rule, on arrays: (H, W, 3) -> (size_px, size_px, 3)."""
+    pixels = np.array(image).astype(np.uint8)
+    height, width = pixels.shape[:2]
+    crop = min(height, width)
+    top, bottom = (height - crop) // 2, (height + crop) // 2
+    left, right = (width - crop) // 2, (width + crop) // 2
+    square = Image.fromarray(pixels[top:bottom, left:right])
+    return np.array(square.resize((size_px, size_px), resample=Image.Resampling.BICUBIC)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("width, height", [(64, 64), (65, 40), (40, 65), (33, 90), (8, 9), (300, 300)])
+@pytest.mark.parametrize("size_px", [16, 40, 96])
+def test_equals_the_published_loader(width, height, size_px):
+    pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    result = center_crop_resize(image, size_px)
+    assert result.dtype == np.uint8 and result.shape == (size_px, size_px, 3)
+    assert result.flags.writeable and result.flags.c_contiguous
+    np.testing.assert_array_equal(result, lsun_loader(image, size_px))
+
+
+def test_same_size_is_untouched():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(center_crop_resize(Image.fromarray(pixels), 32), pixels)
+
+
+def test_takes_the_centre():
+    pixels = np.zeros((10, 30, 3), np.uint8)
+    pixels[:, 10:20] = 255
+    assert (center_crop_resize(Image.fromarray(pixels), 10) == 255).all()
+
+
+def test_refuses_no_pixels():
+    with pytest.raises(ValueError):
+        center_crop_resize(Image.new("RGB", (10, 10)), 0)

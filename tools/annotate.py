@@ -1,0 +1,82 @@
+"""Images to store: encode latents, extract label-free features, cluster them.
+
+python tools/annotate.py
+python tools/annotate.py --dataset my_photos/ --clusters 16
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ldm_sg import cli
+from ldm_sg.annotate import annotate, summary
+from ldm_sg.config import CONFIG_ROOT, AnnotateConfig, check, load_config
+from ldm_sg.data import open_source
+
+STORES = Path("stores")
+
+
+def arguments() -> argparse.Namespace:
+    made = cli.parser(__doc__.splitlines()[0], "python tools/annotate.py --dataset my_photos/ --clusters 16")
+    made.add_argument("--dataset", default="elpv", help="a name (elpv) or a folder of images; default elpv")
+    made.add_argument("--out", type=Path, help="the store's folder; default stores/<dataset>")
+    made.add_argument(
+        "--clusters",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="number of clusters; several make several columns",
+    )
+    made.add_argument("--column", help="name of the cluster column; default k<K>")
+    made.add_argument("--limit", type=int, metavar="N", help="use only the first N images")
+    made.add_argument("--seed", type=int, help="of k-means; default 0")
+    made.add_argument(
+        "--features", metavar="NAME", help="what is clustered; default from the data set's configuration"
+    )
+    made.add_argument(
+        "--autoencoder", metavar="NAME", help="pixels to latents; default from the configuration"
+    )
+    made.add_argument(
+        "--size", type=int, dest="size_px", metavar="PX", help="side of the cropped square; default 256"
+    )
+    made.add_argument(
+        "--max-bad", type=float, metavar="SHARE", help="share of unreadable images allowed; default 0.1"
+    )
+    return made.parse_args()
+
+
+def configure(args: argparse.Namespace) -> AnnotateConfig:
+    """Merge the data set's YAML and the flags."""
+    named = CONFIG_ROOT / f"{args.dataset}.yaml"
+    config = load_config(named if named.is_file() else CONFIG_ROOT / "folder.yaml")
+    names = (
+        "dataset",
+        "clusters",
+        "column",
+        "limit",
+        "seed",
+        "features",
+        "autoencoder",
+        "size_px",
+        "max_bad",
+    )
+    for name in names:
+        if getattr(args, name) is not None:
+            setattr(config.annotate, name, getattr(args, name))
+    check(config)
+    return config.annotate
+
+
+def main(args: argparse.Namespace) -> None:
+    config = configure(args)
+    source = open_source(config.dataset)
+    out = args.out or STORES / source.name
+    print(f"{source.name}: {len(source.keys)} images" + (f"; {source.notice}" if source.notice else ""))
+    store = annotate(config, source, out)
+    print(summary(store, config))
+
+
+if __name__ == "__main__":
+    parsed = arguments()
+    cli.run(main, parsed)

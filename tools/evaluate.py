@@ -1,0 +1,64 @@
+"""Run to numbers: guidance agreement, unguided histogram, copy audit, and the page runs/<name>/report.html.
+
+python tools/evaluate.py
+python tools/evaluate.py --run wide --images-per-cluster 16
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from ldm_sg import cli
+from ldm_sg.evaluate import evaluate, write_report
+from ldm_sg.evaluate.report import number_rows
+from ldm_sg.train import newest_run, open_run
+from ldm_sg.train.run import RUNS_ROOT
+
+
+def arguments() -> argparse.Namespace:
+    made = cli.parser(__doc__.splitlines()[0], "python tools/evaluate.py --images-per-cluster 16")
+    made.add_argument("--run", help="name of the run; default the newest in runs/")
+    made.add_argument(
+        "--images-per-cluster",
+        type=int,
+        metavar="N",
+        help="for the agreement; default from the configuration",
+    )
+    made.add_argument(
+        "--scale", type=float, metavar="W", help="w of Eq. 4; default from the run's configuration"
+    )
+    made.add_argument("--steps", type=int, metavar="T", help="sampling steps")
+    return made.parse_args()
+
+
+def bars(stage: str, total: int) -> Callable[[int], None]:
+    """Show the progress of one stage."""
+    bar = tqdm(total=total, desc=stage, unit=" images")
+
+    def update(n: int) -> None:
+        bar.update(n)
+        if bar.n >= total:
+            bar.close()
+
+    return update
+
+
+def main(args: argparse.Namespace) -> None:
+    run = open_run(RUNS_ROOT / args.run) if args.run else newest_run()
+    print(f"run {run.path}, {run.steps_done()} steps")
+    if args.images_per_cluster:
+        run.config.evaluate.images_per_cluster = args.images_per_cluster
+    given = {k: v for k in ("scale", "steps") if (v := getattr(args, k)) is not None}
+    evaluation = evaluate(run, replace(run.config.sample, **given), bars)
+    for what, measured, bound in number_rows(evaluation.numbers):
+        print(f"{measured:>8}  {what}" + (f" ({bound})" if bound else ""))
+    print(write_report(run, evaluation))
+
+
+if __name__ == "__main__":
+    parsed = arguments()
+    cli.run(main, parsed)

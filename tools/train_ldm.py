@@ -1,0 +1,75 @@
+"""Store to run: train the self-guided diffusion model; the same command again resumes.
+
+torchrun tools/train_ldm.py
+torchrun --nproc-per-node 8 tools/train_ldm.py --config configs/elpv.yaml --run wide model.base=128
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from ldm_sg import cli
+from ldm_sg.config import CONFIG_ROOT, Config, load_config, to_dict
+from ldm_sg.store import Store, newest_store, verify
+from ldm_sg.train import resume_or_create, start_processes, train
+from ldm_sg.train.run import RUNS_ROOT
+
+
+def arguments() -> argparse.Namespace:
+    made = cli.parser(__doc__.splitlines()[0], "torchrun tools/train_ldm.py --run slow train.lr=1e-4")
+    made.add_argument(
+        "--config", type=Path, help="YAML; default that of the store's data set, else configs/folder.yaml"
+    )
+    made.add_argument("--store", type=Path, help="the store's folder; default the newest in stores/")
+    made.add_argument("--run", help="name of the run; default <config>-<store>")
+    made.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as train.lr=1e-4")
+    return made.parse_intermixed_args()
+
+
+def choose(args: argparse.Namespace) -> tuple[Store, Path, Config]:
+    """Find the store and the configuration that the arguments mean."""
+    store = Store.open(args.store or newest_store("stores"))
+    named = CONFIG_ROOT / f"{store.manifest['provenance']['dataset']}.yaml"
+    path = args.config or (named if named.is_file() else CONFIG_ROOT / "folder.yaml")
+    return store, path, load_config(path, args.overrides)
+
+
+def main(args: argparse.Namespace) -> None:
+    store, path, config = choose(args)
+    processes = start_processes()
+    name = args.run or f"{path.stem}-{store.folder.name}"
+    if processes.is_first:
+        print(
+            f"store {store.folder} (generation {store.generation}), configuration {path}, run {RUNS_ROOT / name}"
+        )
+    if args.dry_run:
+        print(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+        return
+    if problems := verify(store.folder, store.generation):
+        raise ValueError(
+            f"store {store.folder} is damaged: {problems[0]}; restore the file or annotate into a new --out"
+        )
+    if processes.is_first:
+        resume_or_create(RUNS_ROOT / name, config, store)
+    processes.barrier()
+    run = resume_or_create(RUNS_ROOT / name, config, store)
+    if run.steps_done() >= config.train.steps:
+        print(
+            f"run {name} is finished: {config.train.steps} steps. Sample it: python tools/sample_grid.py --run {name}"
+        )
+        return
+    from ldm_sg.sample import training_grid
+
+    train(run, store, processes, training_grid)
+    processes.close()
+    if processes.is_first:
+        print(f"done: {run.path}. Next: python tools/sample_grid.py --run {name} --cluster 17")
+
+
+if __name__ == "__main__":
+    parsed = arguments()
+    cli.run(main, parsed)
