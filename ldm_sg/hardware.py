@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -60,4 +62,28 @@ def describe(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     units = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in cpu_flags()][:1]
-    return f"{torch.get_num_threads()} threads on {name or platform.machine()} ({', '.join(units) or 'no vector units'})"
+    return (
+        f"{torch.get_num_threads()} threads on {name or platform.machine()} ({', '.join(units) or 'no vector units'})"
+    )
+
+
+def probe_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """Time a small convolution, forward and backward, as training does it: the unit of expected times.
+
+    Args:
+        dtype: of the network's arithmetic.
+        device: where it runs.
+    Returns:
+        Median seconds of one pass.
+    """
+    conv = torch.nn.Conv2d(96, 96, 3, padding=1).to(device, memory_format=torch.channels_last)
+    x = torch.randn(32, 96, 8, 8, device=device).contiguous(memory_format=torch.channels_last).requires_grad_(True)
+    seconds = []
+    for _ in range(15):
+        began = time.perf_counter()
+        with autocast(device, dtype):
+            conv(x).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[5:])

@@ -31,18 +31,10 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--column", help="name of the cluster column; default k<K>")
     made.add_argument("--limit", type=int, metavar="N", help="use only the first N images")
     made.add_argument("--seed", type=int, help="of k-means; default 0")
-    made.add_argument(
-        "--features", metavar="NAME", help="what is clustered; default from the data set's configuration"
-    )
-    made.add_argument(
-        "--autoencoder", metavar="NAME", help="pixels to latents; default from the configuration"
-    )
-    made.add_argument(
-        "--size", type=int, dest="size_px", metavar="PX", help="side of the cropped square; default 256"
-    )
-    made.add_argument(
-        "--max-bad", type=float, metavar="SHARE", help="share of unreadable images allowed; default 0.1"
-    )
+    made.add_argument("--features", metavar="NAME", help="what is clustered; default from the data set's configuration")
+    made.add_argument("--autoencoder", metavar="NAME", help="pixels to latents; default from the configuration")
+    made.add_argument("--size", type=int, dest="size_px", metavar="PX", help="side of the cropped square; default 256")
+    made.add_argument("--max-bad", type=float, metavar="SHARE", help="share of unreadable images allowed; default 0.1")
     return made.parse_args()
 
 

@@ -28,9 +28,7 @@ def arguments() -> argparse.Namespace:
         metavar="N",
         help="for the agreement; default from the configuration",
     )
-    made.add_argument(
-        "--scale", type=float, metavar="W", help="w of Eq. 4; default from the run's configuration"
-    )
+    made.add_argument("--scale", type=float, metavar="W", help="w of Eq. 4; default from the run's configuration")
     made.add_argument("--steps", type=int, metavar="T", help="sampling steps")
     return made.parse_args()
 

@@ -31,9 +31,7 @@ def arguments() -> argparse.Namespace:
         "--cluster", type=int, nargs="+", metavar="K", help="one row each; default drawn from the histogram"
     )
     what.add_argument("--unguided", action="store_true", help="no guidance: w = 0")
-    what.add_argument(
-        "--list", action="store_true", help="print the clusters and draw a contact sheet of real images"
-    )
+    what.add_argument("--list", action="store_true", help="print the clusters and draw a contact sheet of real images")
     made.add_argument("--n", type=int, help="images per row; default from the run's configuration")
     made.add_argument(
         "--scale",

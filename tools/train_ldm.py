@@ -43,9 +43,7 @@ def main(args: argparse.Namespace) -> None:
     processes = start_processes()
     name = args.run or f"{path.stem}-{store.folder.name}"
     if processes.is_first:
-        print(
-            f"store {store.folder} (generation {store.generation}), configuration {path}, run {RUNS_ROOT / name}"
-        )
+        print(f"store {store.folder} (generation {store.generation}), configuration {path}, run {RUNS_ROOT / name}")
     if args.dry_run:
         print(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
         return

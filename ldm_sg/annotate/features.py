@@ -104,9 +104,7 @@ class PatchQuantilesFit:
     def __init__(self, size_px: int):
         largest = max(s.patch_px << s.halvings for s in SCALES)
         if size_px < 2 * largest:
-            raise ValueError(
-                f"got {size_px} px images, expected at least {2 * largest} for patch-quantiles: --size"
-            )
+            raise ValueError(f"got {size_px} px images, expected at least {2 * largest} for patch-quantiles: --size")
         self.fits = [PatchPCAFit(s.patch_px, s.filters, every=FIT_EVERY) for s in SCALES]
 
     def add(self, x: Tensor) -> None:
@@ -132,9 +130,7 @@ def at_scale(x: Tensor, scale: Scale) -> Tensor:
 
 
 FEATURES: dict[str, Callable[[int], ExtractorFit]] = {"patch-quantiles": PatchQuantilesFit}
-LOADERS: dict[str, Callable[[dict[str, np.ndarray]], Extractor]] = {
-    "patch-quantiles": PatchQuantiles.from_tensors
-}
+LOADERS: dict[str, Callable[[dict[str, np.ndarray]], Extractor]] = {"patch-quantiles": PatchQuantiles.from_tensors}
 
 
 def load_features(name: str, tensors: dict[str, np.ndarray]) -> Extractor:

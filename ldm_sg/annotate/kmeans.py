@@ -118,9 +118,7 @@ def fit_kmeans(
     Source: Lloyd (1982); paper section 3.2, "Self-labeled guidance".
     """
     if not 1 <= k <= len(features):
-        raise ValueError(
-            f"got {len(features)} images for {k} clusters, expected at least one image each: --clusters"
-        )
+        raise ValueError(f"got {len(features)} images for {k} clusters, expected at least one image each: --clusters")
     rng = np.random.default_rng(seed)
     runs = [_lloyd(features, seed_centroids(features, k, rng), iterations) for _ in range(restarts)]
     return min(runs, key=lambda c: c.inertia)
@@ -143,9 +141,7 @@ def _lloyd(features: np.ndarray, centroids: np.ndarray, iterations: int) -> Clus
     return Clusters(centroids[order], labels, float(distances.mean(dtype=np.float64)), sizes, repaired)
 
 
-def _update(
-    features: np.ndarray, labels: np.ndarray, distances: np.ndarray, k: int
-) -> tuple[np.ndarray, int]:
+def _update(features: np.ndarray, labels: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarray, int]:
     """Average the rows of each cluster; an empty one takes the row farthest from its centroid."""
     order = np.argsort(labels, kind="stable")
     counts = np.bincount(labels, minlength=k)

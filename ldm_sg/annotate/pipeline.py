@@ -175,9 +175,7 @@ def commit_rows(
         "features": config.features,
         "num_keys": total,
     }
-    writer.commit(
-        num_shards, {"latent": {"mean": mean.tolist(), "std": std.tolist()}, "provenance": provenance}
-    )
+    writer.commit(num_shards, {"latent": {"mean": mean.tolist(), "std": std.tolist()}, "provenance": provenance})
     labels = source.labels()
     if labels is not None:
         store = Store.open(writer.folder)
@@ -203,9 +201,7 @@ def view_features(
     cropped, decoded = [], []
     for batch in _stream(config, source, [keys[row] for row in rows], "views"):
         cropped.append(encoders.features.extract(crop_views(batch["x"], generator)).half().numpy())
-        decoded.append(
-            encoders.features.extract(decoded_views(batch["x"], encoders.autoencoder)).half().numpy()
-        )
+        decoded.append(encoders.features.extract(decoded_views(batch["x"], encoders.autoencoder)).half().numpy())
     return [(rows, np.concatenate(view).astype(np.float32)) for view in (cropped, decoded)]
 
 
@@ -267,9 +263,7 @@ def add_clusters(store: Store, config: AnnotateConfig, k: int) -> Store:
     if "label" in store.columns:
         truth = store.column("label")
         report["nmi"] = normalised_mutual_information(clusters.labels[truth >= 0], truth[truth >= 0])
-    record = write_asset(
-        store.folder, f"clusters-{name}", {"centroids": clusters.centroids}, {"column": name}
-    )
+    record = write_asset(store.folder, f"clusters-{name}", {"centroids": clusters.centroids}, {"column": name})
     assets = {f"clusters-{name}": record}
     generation = write_column(store, name, clusters.labels, "cluster", provenance, report, assets)
     return Store.open(store.folder, generation)
@@ -299,5 +293,6 @@ def _check_count(images: int, config: AnnotateConfig) -> None:
     most = max(config.clusters)
     if images < most:
         raise ValueError(
-            f"got {images} images for {most} clusters, expected at least one image each: --clusters {max(1, images // 8)}"
+            f"got {images} images for {most} clusters, expected at least one image each: "
+            f"give --clusters {max(1, images // 8)}"
         )

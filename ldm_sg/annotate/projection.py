@@ -70,11 +70,7 @@ def fit_projection(
     ratios, rotation = np.linalg.eigh(whiten.T @ _covariance(z) @ whiten)
     keep = max(1, min(directions, len(raw) - 1, len(ratios)))
     ratios, basis = ratios[::-1][:keep], whiten @ rotation[:, ::-1][:, :keep]
-    basis = (
-        basis
-        * np.sign(basis[np.abs(basis).argmax(0), np.arange(keep)])
-        * np.maximum(ratios, 1e-6) ** (-power / 2)
-    )
+    basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(keep)]) * np.maximum(ratios, 1e-6) ** (-power / 2)
     return Projection(mean.astype(np.float32), (basis / scale[:, None]).astype(np.float32))
 
 

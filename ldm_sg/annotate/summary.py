@@ -17,14 +17,10 @@ def summary(store: Store, config: AnnotateConfig) -> str:
     """
     bad = store.manifest["quarantine"]
     about = store.manifest["provenance"]
-    lines = [
-        f"store {store.folder} generation {store.generation}: {store.num_rows} images, {about['autoencoder_id']}"
-    ]
+    lines = [f"store {store.folder} generation {store.generation}: {store.num_rows} images, {about['autoencoder_id']}"]
     if bad["count"]:
         key, reason = bad["images"][0]
-        lines.append(
-            f"quarantined {bad['count']} images (listed in the manifest), the first: {key}: {reason}"
-        )
+        lines.append(f"quarantined {bad['count']} images (listed in the manifest), the first: {key}: {reason}")
     for name in [config.column] if config.column else [f"k{k}" for k in config.clusters]:
         report = store.manifest["columns"][name]["report"]
         sizes = report["sizes"]
@@ -33,7 +29,5 @@ def summary(store: Store, config: AnnotateConfig) -> str:
         )
         lines.append("  " + " ".join(map(str, sizes)))
         if "nmi" in report:
-            lines.append(
-                f"  NMI against the data set's own labels (never used otherwise): {report['nmi']:.3f}"
-            )
+            lines.append(f"  NMI against the data set's own labels (never used otherwise): {report['nmi']:.3f}")
     return "\n".join(lines)

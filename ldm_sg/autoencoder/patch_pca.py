@@ -44,9 +44,7 @@ class PatchPCAFit:
     def __init__(self, patch_px: int, channels: int, every: int = 1):
         width = 3 * patch_px**2
         if not 1 <= channels <= width:
-            raise ValueError(
-                f"got {channels} latent channels, expected 1 to {width} for {patch_px} px patches"
-            )
+            raise ValueError(f"got {channels} latent channels, expected 1 to {width} for {patch_px} px patches")
         self.patch_px, self.channels, self.every = patch_px, channels, every
         self.count = 0
         self.total = torch.zeros(width, dtype=torch.float64)

@@ -15,9 +15,7 @@ from typing import Protocol
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 ELPV_LABEL_NAMES = [f"{cell}, defect {p}" for cell in ("mono", "poly") for p in ("0", "1/3", "2/3", "1")]
-ELPV_NOTICE = (
-    "elpv-dataset photographs are CC-BY-NC-SA-4.0 (non-commercial): use them, do not redistribute them"
-)
+ELPV_NOTICE = "elpv-dataset photographs are CC-BY-NC-SA-4.0 (non-commercial): use them, do not redistribute them"
 
 
 class ImageSource(Protocol):
@@ -177,9 +175,7 @@ def _is_utf8(key: str) -> bool:
 
 def _elpv_labels(path: Path) -> dict[str, int]:
     if not path.exists():
-        raise FileNotFoundError(
-            f"data set elpv: {path} is missing: pip install --force-reinstall elpv-dataset"
-        )
+        raise FileNotFoundError(f"data set elpv: {path} is missing: pip install --force-reinstall elpv-dataset")
     rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
     return {Path(file).name: _elpv_class(float(defect), cell) for file, defect, cell in rows}
 

@@ -10,9 +10,7 @@ from torch import Tensor
 Network = Callable[..., Tensor]
 
 
-def guided_network(
-    network: Network, guidance: dict[str, Tensor], scale: float
-) -> Callable[[Tensor, Tensor], Tensor]:
+def guided_network(network: Network, guidance: dict[str, Tensor], scale: float) -> Callable[[Tensor, Tensor], Tensor]:
     """Bind guidance to a network: F~ = (1 - w) F(x) + w F(x; k).
 
     The output F of every parameterisation is affine in x_0 with coefficients that do not depend on the guidance, so

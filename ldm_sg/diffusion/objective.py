@@ -44,8 +44,4 @@ def training_loss(
     if min_snr_gamma is None:
         return per_sample
     snr = (alpha / sigma).flatten() ** 2
-    return (
-        per_sample
-        * torch.clamp(snr, max=min_snr_gamma)
-        * parameterisation.x0_gain(alpha, sigma).flatten() ** 2
-    )
+    return per_sample * torch.clamp(snr, max=min_snr_gamma) * parameterisation.x0_gain(alpha, sigma).flatten() ** 2

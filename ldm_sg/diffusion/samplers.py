@@ -49,11 +49,7 @@ def ddim(
     for i in range(len(time) - 1):
         x0, eps = denoise(x, time[i])
         ratio = alpha[i] / alpha[i + 1]
-        fresh = (
-            eta
-            * (sigma[i + 1] / sigma[i])
-            * (sigma[i] ** 2 - (ratio * sigma[i + 1]) ** 2).clamp_min(0).sqrt()
-        )
+        fresh = eta * (sigma[i + 1] / sigma[i]) * (sigma[i] ** 2 - (ratio * sigma[i + 1]) ** 2).clamp_min(0).sqrt()
         kept = (sigma[i + 1] ** 2 - fresh**2).clamp_min(0).sqrt()
         x = float(alpha[i + 1]) * x0 + float(kept) * eps
         if noise is not None and fresh > 0:
@@ -87,9 +83,7 @@ def heun(
         x_next = float(alpha[i + 1]) * (x / float(alpha[i]) + float(s[i + 1] - s[i]) * eps)
         if s[i + 1] > 0:
             _, eps_next = denoise(x_next, time[i + 1])
-            x_next = float(alpha[i + 1]) * (
-                x / float(alpha[i]) + float(s[i + 1] - s[i]) * (eps + eps_next) / 2
-            )
+            x_next = float(alpha[i + 1]) * (x / float(alpha[i]) + float(s[i + 1] - s[i]) * (eps + eps_next) / 2)
         x = x_next
         if trace is not None:
             trace(i, x, x0)

@@ -89,9 +89,7 @@ class VarianceExploding:
         return torch.ones_like(time, dtype=torch.float32), time.float()
 
     def network_time(self, time: Tensor) -> Tensor:
-        return (
-            250 * time.float().clamp_min(1e-8).log()
-        )  # EDM's ln(sigma) / 4 in thousandths, as timesteps are
+        return 250 * time.float().clamp_min(1e-8).log()  # EDM's ln(sigma) / 4 in thousandths, as timesteps are
 
     def training_times(self, size: int, generator: torch.Generator) -> Tensor:
         return torch.exp(self.log_mean + self.log_std * torch.randn(size, generator=generator))

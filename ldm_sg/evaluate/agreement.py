@@ -53,9 +53,7 @@ def guidance_agreement(
     return Agreement(options.scale, float(hits.mean()), hits.reshape(k, options.n).mean(1), images)
 
 
-def reconstruction_ceiling(
-    sampler: Sampler, annotator: Annotator, images: np.ndarray, clusters: np.ndarray
-) -> float:
+def reconstruction_ceiling(sampler: Sampler, annotator: Annotator, images: np.ndarray, clusters: np.ndarray) -> float:
     """Measure the agreement that real images reach after the autoencoder alone.
 
     Args:
@@ -68,11 +66,7 @@ def reconstruction_ceiling(
     """
     with torch.inference_mode():
         coded = [
-            to_uint8(
-                sampler.autoencoder.decode(
-                    sampler.autoencoder.encode(to_model_range(images[i : i + 32]))[:, :c]
-                )
-            )
+            to_uint8(sampler.autoencoder.decode(sampler.autoencoder.encode(to_model_range(images[i : i + 32]))[:, :c]))
             for c in [sampler.autoencoder.channels]
             for i in range(0, len(images), 32)
         ]

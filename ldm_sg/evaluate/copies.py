@@ -1,4 +1,4 @@
-"""Does the model copy? Each generated image's nearest training image, against how near real images are to each other."""
+"""Does the model copy? Each generated image's nearest training image, against how near real images are."""
 
 from __future__ import annotations
 

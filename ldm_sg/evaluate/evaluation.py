@@ -55,9 +55,7 @@ def psnr(autoencoder: Autoencoder, images: np.ndarray) -> float:
     return 10 * float(np.log10(4 / (total / len(images))))
 
 
-def evaluate(
-    run: Run, options: SampleConfig, progress: Callable[[str, int], Callable[[int], None]]
-) -> Evaluation:
+def evaluate(run: Run, options: SampleConfig, progress: Callable[[str, int], Callable[[int], None]]) -> Evaluation:
     """Generate, annotate again, and compare with the training images; writes metrics.json in the run.
 
     Args:
@@ -103,9 +101,7 @@ def evaluate(
 
 def copy_numbers(generated: np.ndarray, real: RealImages, annotator: Annotator) -> dict[str, Any]:
     """Audit generated images against the whole training set, in pixels and in features."""
-    chunks = [
-        real.rows(range(i, min(i + 256, real.store.num_rows))) for i in range(0, real.store.num_rows, 256)
-    ]
+    chunks = [real.rows(range(i, min(i + 256, real.store.num_rows))) for i in range(0, real.store.num_rows, 256)]
     pixels = np.concatenate([thumbnails(chunk) for chunk in chunks])
     features = annotator.projection(real.store.read_all("feature"))
     in_pixels = audit_copies(thumbnails(generated), pixels)

@@ -89,9 +89,7 @@ def efficientnet_lite0() -> nn.Module:
         for n, w in zip(names, weights)
     ]
     if len(names) != len(weights) or not all(fits):
-        raise ValueError(
-            f"{files[0].name} does not fit timm's tf_efficientnet_lite0: another version of the package?"
-        )
+        raise ValueError(f"{files[0].name} does not fit timm's tf_efficientnet_lite0: another version of the package?")
     network.load_state_dict(dict(zip(names, weights.values())))  # same order, other names
     network.reset_classifier(0)
     return network.eval()

@@ -54,16 +54,10 @@ def number_rows(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
         if key in numbers:
             value = numbers[key]
             holds = value >= bound if more else value <= bound
-            form = (
-                "{:.1f}" if key == "psnr_db" else "{:.1%}" if key != "unguided_total_variation" else "{:.3f}"
-            )
-            verdict = (
-                f"{'at least' if more else 'at most'} {form.format(bound)}: {'holds' if holds else 'MISSED'}"
-            )
+            form = "{:.1f}" if key == "psnr_db" else "{:.1%}" if key != "unguided_total_variation" else "{:.3f}"
+            verdict = f"{'at least' if more else 'at most'} {form.format(bound)}: {'holds' if holds else 'MISSED'}"
             rows.append((sentence, form.format(value), verdict))
-    rows.append(
-        ("ceiling: real images through the autoencoder alone", f"{numbers['agreement_ceiling']:.1%}", "")
-    )
+    rows.append(("ceiling: real images through the autoencoder alone", f"{numbers['agreement_ceiling']:.1%}", ""))
     floor = numbers["unguided_total_variation_floor"]
     rows.append((f"floor: {numbers['unguided_images']} draws from the histogram itself", f"{floor:.3f}", ""))
     return rows
@@ -91,12 +85,15 @@ def loss_curve(metrics: Path, width: int = 900, height: int = 260) -> str:
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
         return f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{thickness}"/>'
 
+    def text(x: float, y: float, anchor: str, value: str) -> str:
+        return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{value}</text>'
+
     marks = "".join(
-        f'<text x="{left - 6}" y="{14 + (height - 40) * (top - v) / (top - bottom):.0f}" text-anchor="end">{v:.2f}</text>'
+        text(left - 6, 14 + (height - 40) * (top - v) / (top - bottom), "end", f"{v:.2f}")
         for v in np.linspace(bottom, top, 4)
     )
     marks += "".join(
-        f'<text x="{left + (width - left - 10) * s / steps[-1]:.0f}" y="{height - 8}" text-anchor="middle">{s:.0f}</text>'
+        text(left + (width - left - 10) * s / steps[-1], height - 8, "middle", f"{s:.0f}")
         for s in np.linspace(0, steps[-1], 5)
     )
     return (
@@ -132,12 +129,11 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
     """
     numbers, facts = evaluation.numbers, run.facts
     about = (
-        f"{facts.num_images} images of {Path(facts.dataset).name} at {facts.size_px} px, {facts.num_clusters} clusters, "
-        f"{numbers['steps_trained']} steps; {numbers['sampler']}, {numbers['sampling_steps']} steps; {numbers['hardware']}"
+        f"{facts.num_images} images of {Path(facts.dataset).name} at {facts.size_px} px, {facts.num_clusters} "
+        f"clusters, {numbers['steps_trained']} steps; {numbers['sampler']}, {numbers['sampling_steps']} steps; "
+        f"{numbers['hardware']}"
     )
-    table = "".join(
-        f"<tr><td>{html.escape(a)}</td><td>{b}</td><td>{c}</td></tr>" for a, b, c in number_rows(numbers)
-    )
+    table = "".join(f"<tr><td>{html.escape(a)}</td><td>{b}</td><td>{c}</td></tr>" for a, b, c in number_rows(numbers))
     parts = [
         f"<h1>{html.escape(run.name)}</h1><p class='note'>{html.escape(about)}</p>",
         f"<h2>Numbers</h2><table><tr><th>what</th><th>measured</th><th>bound</th></tr>{table}</table>",
@@ -145,9 +141,7 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
     ]
     if len(evaluation.guided):
         parts.append(f"<h2>Guided, w = {numbers['scale']:g}</h2>{_embed(guided_rows(run, evaluation))}")
-    shown = [
-        paste_row(evaluation.unguided[i : i + 8], 8) for i in range(0, min(32, len(evaluation.unguided)), 8)
-    ]
+    shown = [paste_row(evaluation.unguided[i : i + 8], 8) for i in range(0, min(32, len(evaluation.unguided)), 8)]
     parts.append(f"<h2>Unguided, w = 0</h2>{_embed(captioned([('', [row]) for row in shown]))}")
     parts.append(f"<h2>Real images by cluster</h2>{_embed(contact_sheet(run, RealImages(run)))}")
     page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(run.name)}</title>"

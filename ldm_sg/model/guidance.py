@@ -59,7 +59,7 @@ def one_hot(clusters: Tensor, num_clusters: int) -> Tensor:
     Source: paper section 3.2, "Self-labeled guidance".
     """
     clusters = clusters.long()
-    if clusters.numel() and not (0 <= int(clusters.min()) and int(clusters.max()) < num_clusters):
+    if clusters.numel() and not (int(clusters.min()) >= 0 and int(clusters.max()) < num_clusters):
         got = sorted({int(c) for c in clusters if not 0 <= int(c) < num_clusters})
         raise ValueError(f"got cluster {got[0]}, expected 0 to {num_clusters - 1}: choose one of those")
     return torch.nn.functional.one_hot(clusters, num_clusters).float()

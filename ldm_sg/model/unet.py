@@ -104,9 +104,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(
-        self, x: Tensor, time: Tensor, label: Tensor | None = None, spatial: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, spatial: Tensor | None = None) -> Tensor:
         """Run the network.
 
         Args:
@@ -119,9 +117,7 @@ class UNet(nn.Module):
         """
         embedding, tokens = self._embed(x, time, label)
         if self.spatial_channels:
-            mask = (
-                x.new_zeros(x.shape[0], self.spatial_channels, *x.shape[2:]) if spatial is None else spatial
-            )
+            mask = x.new_zeros(x.shape[0], self.spatial_channels, *x.shape[2:]) if spatial is None else spatial
             x = torch.cat([x, mask], dim=1)  # (B, C + S, h, w), Eq. 8 and 9
         h = self.conv_in(x)
         skips = [h]

@@ -60,9 +60,7 @@ def paste_row(images: np.ndarray, n: int, tile_px: int = TILE_PX) -> Image.Image
     """
     row = Image.new("RGB", (n * tile_px, tile_px), PAPER)
     for i, image in enumerate(images[:n]):
-        row.paste(
-            Image.fromarray(image).resize((tile_px, tile_px), Image.Resampling.LANCZOS), (i * tile_px, 0)
-        )
+        row.paste(Image.fromarray(image).resize((tile_px, tile_px), Image.Resampling.LANCZOS), (i * tile_px, 0))
     return row
 
 
@@ -120,18 +118,14 @@ def sample_grid(
     for i, cluster in enumerate([None] if clusters is None else clusters):
         pictures = [paste_row(made[i * n : (i + 1) * n], n)]
         if real is not None:
-            pictures.insert(
-                0, paste_row(real.spread(n) if cluster is None else real.of_cluster(cluster, n), n)
-            )
+            pictures.insert(0, paste_row(real.spread(n) if cluster is None else real.of_cluster(cluster, n), n))
         rows.append((_caption(facts, cluster, options, real is not None), pictures))
     return captioned(rows), made
 
 
 def _caption(facts: StoreFacts, cluster: int | None, options: SampleConfig, has_real: bool) -> str:
     what = (
-        f"cluster {cluster} ({facts.histogram[cluster]} images)"
-        if cluster is not None
-        else "clusters as in training"
+        f"cluster {cluster} ({facts.histogram[cluster]} images)" if cluster is not None else "clusters as in training"
     )
     parts = [
         "unguided" if options.scale == 0 else what,
@@ -154,9 +148,7 @@ def contact_sheet(run: Run, real: RealImages, n: int = 12, tile_px: int = 96) ->
     """
     rows = []
     for cluster, size in enumerate(run.facts.histogram):
-        rows.append(
-            (f"cluster {cluster}  {size} images", [paste_row(real.of_cluster(cluster, n), n, tile_px)])
-        )
+        rows.append((f"cluster {cluster}  {size} images", [paste_row(real.of_cluster(cluster, n), n, tile_px)]))
     return captioned(rows)
 
 

@@ -140,9 +140,7 @@ class Sampler:
         facts = self.run.facts
         if not self.run.config.model.guided:
             if scale != 0:
-                raise ValueError(
-                    f"run {self.run.name} was trained without guidance: sample it with --unguided"
-                )
+                raise ValueError(f"run {self.run.name} was trained without guidance: sample it with --unguided")
             return {}
         clusters = torch.tensor([r.cluster or 0 for r in requests])
         return {"label": one_hot(clusters, facts.num_clusters).to(self.device)}

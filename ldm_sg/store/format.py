@@ -44,9 +44,7 @@ Chunk = bytes | memoryview
 
 def to_json(value: Any, indent: int | None = None, sort_keys: bool = False) -> str:
     """Return strict ASCII JSON; NumPy scalars and arrays become numbers and lists."""
-    return json.dumps(
-        value, indent=indent, sort_keys=sort_keys, allow_nan=False, default=lambda array: array.tolist()
-    )
+    return json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False, default=lambda array: array.tolist())
 
 
 def hash_config(config: Any) -> str:
@@ -185,9 +183,7 @@ def write_temporary(path: Path, chunks: list[Chunk]) -> Path:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            raise OSError(
-                error.errno, f"no room to write {path}: free space, then run the same command"
-            ) from None
+            raise OSError(error.errno, f"no room to write {path}: free space, then run the same command") from None
         raise
     return temporary
 

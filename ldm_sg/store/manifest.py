@@ -66,9 +66,7 @@ def read_manifest(folder: Path, generation: int | None = None) -> Manifest:
 
 def _no_manifest(folder: Path) -> Exception:
     if (folder / "shards").is_dir():
-        return ValueError(
-            f"store {folder} is unfinished: annotation did not finish: run the same command again"
-        )
+        return ValueError(f"store {folder} is unfinished: annotation did not finish: run the same command again")
     what = "no store in" if folder.is_dir() else "no such folder:"
     make = "python tools/annotate.py --dataset NAME|FOLDER --out"
     return FileNotFoundError(f"{what} {folder}: make one with {make} {folder}")
@@ -79,14 +77,10 @@ def _check(path: Path, manifest: Any) -> None:
     if not isinstance(version, int):
         raise ValueError(f"{path} is not the manifest of a store: it has no format number")
     if version > FORMAT:
-        raise ValueError(
-            f"{path} was written by a newer ldm_sg (format {version}, this one reads {FORMAT}): upgrade"
-        )
+        raise ValueError(f"{path} was written by a newer ldm_sg (format {version}, this one reads {FORMAT}): upgrade")
     missing = [field for field in FIELDS if field not in manifest]
     if missing:
-        raise ValueError(
-            f"{path} is damaged (no {', '.join(missing)}): delete it, then run the annotation again"
-        )
+        raise ValueError(f"{path} is damaged (no {', '.join(missing)}): delete it, then run the annotation again")
 
 
 def commit_manifest(folder: Path, manifest: Manifest) -> int:

@@ -92,9 +92,7 @@ class Store:
 
     def _latent(self, name: str) -> np.ndarray:
         if "latent" not in self.manifest:
-            raise ValueError(
-                f"store {self.folder} has no latent statistics: run the same annotation command again"
-            )
+            raise ValueError(f"store {self.folder} has no latent statistics: run the same annotation command again")
         return np.asarray(self.manifest["latent"][name], np.float32)
 
     def column(self, name: str) -> np.ndarray:
@@ -114,9 +112,7 @@ class Store:
         columns = self.manifest["columns"]
         names = [name for name in columns if columns[name]["kind"] == kind]
         if not names:
-            raise ValueError(
-                f"store {self.folder} has no {kind} column: run the same annotation command again"
-            )
+            raise ValueError(f"store {self.folder} has no {kind} column: run the same annotation command again")
         return max(names, key=lambda name: (columns[name]["created"], name))
 
     def find(self, column: str, value: int) -> np.ndarray:
@@ -139,11 +135,7 @@ class Store:
         tensors = [name for name in names if not self._is_column(name)]
         starts = range(0, max(len(indices), 1), MAX_GATHERED_ROWS)
         parts = [self._gather(tensors, indices[start : start + MAX_GATHERED_ROWS]) for start in starts]
-        rows = (
-            parts[0]
-            if len(parts) == 1
-            else {name: np.concatenate([p[name] for p in parts]) for name in tensors}
-        )
+        rows = parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in tensors}
         return {name: rows[name] if name in rows else self._column(name)[indices] for name in names}
 
     def read_all(self, name: str) -> np.ndarray:
@@ -159,9 +151,7 @@ class Store:
     def asset(self, name: str) -> tuple[Tensors, dict[str, str]]:
         """Return an asset's tensors, the caller's own, and its metadata; ValueError if there is none."""
         if name not in self.manifest["assets"]:
-            raise ValueError(
-                f"store {self.folder} has no asset '{name}': it has {', '.join(self.manifest['assets'])}"
-            )
+            raise ValueError(f"store {self.folder} has no asset '{name}': it has {', '.join(self.manifest['assets'])}")
         tensors, metadata = map_tensors(self.folder / self.manifest["assets"][name]["file"])
         return {key: tensors[key].copy() for key in tensors}, metadata
 
@@ -191,13 +181,9 @@ class Store:
                 self._maps.pop(next(iter(self._maps)))
             record = self.manifest["shards"][shard]
             tensors, metadata = map_tensors(self.folder / record["file"])
-            same = all(
-                self._fits(tensors.get(name), name, record["rows"]) for name in self.manifest["schema"]
-            )
+            same = all(self._fits(tensors.get(name), name, record["rows"]) for name in self.manifest["schema"])
             if not same or metadata.get("keys_sha256") != record["keys_sha256"]:
-                raise ValueError(
-                    f"{self.folder / record['file']} does not match its manifest: restore the file"
-                )
+                raise ValueError(f"{self.folder / record['file']} does not match its manifest: restore the file")
             self._maps[shard] = {
                 name: tensors[name].reshape(-1).view(np.uint8).data for name in self.manifest["schema"]
             }
@@ -212,9 +198,7 @@ class Store:
 
     def _column(self, name: str) -> np.ndarray:
         if name not in self.manifest["columns"]:
-            raise ValueError(
-                f"store {self.folder} has no column '{name}': it has {', '.join(self.columns) or 'none'}"
-            )
+            raise ValueError(f"store {self.folder} has no column '{name}': it has {', '.join(self.columns) or 'none'}")
         if name not in self._columns:
             files = self.manifest["columns"][name]["files"]
             self._columns[name] = np.concatenate([self._read_column_file(name, file) for file in files])
@@ -239,13 +223,9 @@ class Store:
         if array.size == 0:
             return np.zeros(0, np.int64)
         if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise ValueError(
-                f"indices are {array.dtype} of shape {array.shape}: a list of row numbers was expected"
-            )
+            raise ValueError(f"indices are {array.dtype} of shape {array.shape}: a list of row numbers was expected")
         if array.min() < 0 or array.max() >= self.num_rows:
-            raise IndexError(
-                f"rows {array.min()} to {array.max()} were asked for: {self.folder} has {self.num_rows}"
-            )
+            raise IndexError(f"rows {array.min()} to {array.max()} were asked for: {self.folder} has {self.num_rows}")
         return array.astype(np.int64, copy=False)
 
 
@@ -253,13 +233,9 @@ def _check_file(path: Path, expected: int) -> None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} is missing: restore it, or annotate again into another folder"
-        ) from None
+        raise FileNotFoundError(f"{path} is missing: restore it, or annotate again into another folder") from None
     if size != expected:
-        raise ValueError(
-            f"{path} has {size} bytes, expected {expected}: restore it, or annotate into another folder"
-        )
+        raise ValueError(f"{path} has {size} bytes, expected {expected}: restore it, or annotate into another folder")
 
 
 def newest_store(root: str | Path) -> Path:
@@ -276,7 +252,5 @@ def newest_store(root: str | Path) -> Path:
     root = Path(root)
     folders = [path for path in sorted(root.glob("*")) if latest_generation(path)]
     if not folders:
-        raise FileNotFoundError(
-            f"no store in {root}: make one with python tools/annotate.py --dataset NAME|FOLDER"
-        )
+        raise FileNotFoundError(f"no store in {root}: make one with python tools/annotate.py --dataset NAME|FOLDER")
     return max(folders, key=lambda folder: read_manifest(folder)["created"])

@@ -139,9 +139,7 @@ class StoreWriter:
         """Return the manifest's fields that describe the rows."""
         missing = [index for index in range(num_shards) if not self.finished(index)]
         if missing:
-            raise ValueError(
-                f"shards {missing} of {num_shards} are not in {self.folder}: run the same command again"
-            )
+            raise ValueError(f"shards {missing} of {num_shards} are not in {self.folder}: run the same command again")
         shards = [self._records.get(index) or self._record(index) for index in range(num_shards)]
         schemas, quarantine = [], []
         for index in range(num_shards):
@@ -159,9 +157,7 @@ class StoreWriter:
 
     def _refuse_other_job(self, manifest: Manifest) -> None:
         if manifest["job"] != self.job:
-            raise ValueError(
-                f"{self.folder} holds a store made from other images or settings: give another --out"
-            )
+            raise ValueError(f"{self.folder} holds a store made from other images or settings: give another --out")
 
     def _refuse_other_rows(self, manifest: Manifest, shards: list[dict[str, Any]]) -> None:
         if hash_shards(manifest["shards"]) != hash_shards(shards):
@@ -169,17 +165,12 @@ class StoreWriter:
         for before, after in zip(manifest["shards"], shards):
             if before["sha256"] != after["sha256"]:
                 path = self.folder / after["file"]
-                raise ValueError(
-                    f"{path} has changed since it was committed: delete it and run again, or restore it"
-                )
+                raise ValueError(f"{path} has changed since it was committed: delete it and run again, or restore it")
 
 
 def _schema(tensors: Tensors) -> dict[str, Any]:
     names = sorted(name for name in tensors if name not in KEY_TENSORS)
-    return {
-        name: {"dtype": DTYPE_NAMES[tensors[name].dtype], "shape": list(tensors[name].shape[1:])}
-        for name in names
-    }
+    return {name: {"dtype": DTYPE_NAMES[tensors[name].dtype], "shape": list(tensors[name].shape[1:])} for name in names}
 
 
 def write_asset(folder: str | Path, name: str, tensors: Tensors, metadata: dict[str, str]) -> dict[str, Any]:
@@ -290,6 +281,4 @@ def _write_column_file(
 
 def _check_name(what: str, name: str) -> None:
     if not NAME.fullmatch(name):
-        raise ValueError(
-            f"{what} name {name!r}: use letters, digits, '_', '.' and '-', not starting with '.' or '-'"
-        )
+        raise ValueError(f"{what} name {name!r}: use letters, digits, '_', '.' and '-', not starting with '.' or '-'")

@@ -36,12 +36,8 @@ def save_checkpoint(
     partial.mkdir()
     try:
         save_file(_contiguous(network), partial / FILES[0], {"step": str(step)})
-        save_file(
-            _contiguous(ema.network), partial / FILES[1], {"step": str(step), "updates": str(ema.updates)}
-        )
-        torch.save(
-            {"optimizer": optimizer.state_dict(), "updates": ema.updates, "step": step}, partial / FILES[2]
-        )
+        save_file(_contiguous(ema.network), partial / FILES[1], {"step": str(step), "updates": str(ema.updates)})
+        torch.save({"optimizer": optimizer.state_dict(), "updates": ema.updates, "step": step}, partial / FILES[2])
         for file in partial.iterdir():
             _sync(file)
         shutil.rmtree(final, ignore_errors=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_sg.autoencoder import Autoencoder
-from ldm_sg.config import Config, TrainConfig
+from ldm_sg.config import TrainConfig
 from ldm_sg.diffusion import PARAMETERISATIONS, training_loss
 from ldm_sg.diffusion.schedule import Schedule
 from ldm_sg.hardware import autocast, choose_dtype, describe
@@ -84,9 +84,7 @@ def load_batch(
     rows = batch_rows(step, size, store.num_rows, config.seed)[mine]
     latents = store.read(["latent"], rows)["latent"]
     moments = torch.from_numpy(latents[np.arange(len(rows)), flipped].astype(np.float32))
-    return Batch(
-        moments, posterior[mine], torch.from_numpy(clusters[rows]), noise[mine], times[mine], keep[mine]
-    )
+    return Batch(moments, posterior[mine], torch.from_numpy(clusters[rows]), noise[mine], times[mine], keep[mine])
 
 
 class Trainer:
@@ -180,6 +178,15 @@ class Trainer:
         self.processes.barrier()
 
 
+def finite(loss: float, step: int, config: TrainConfig) -> float:
+    """Give a loss back, or refuse to go on with one that is not a number; the last checkpoint stays as it was."""
+    if not np.isfinite(loss):
+        raise ValueError(
+            f"got loss {loss} at step {step}, expected a finite one: lower train.lr (now {config.lr}) in a new run, --run NEW"
+        )
+    return loss
+
+
 def train(run: Run, store: Store, processes: Processes, sample_grid: SampleGrid | None = None) -> None:
     """Train a run to its end, continuing where it stopped.
 
@@ -193,20 +200,17 @@ def train(run: Run, store: Store, processes: Processes, sample_grid: SampleGrid 
     """
     trainer, config = Trainer(run, store, processes), run.config.train
     progress = Progress(run, trainer.step_done, quiet=not processes.is_first)
-    progress.start(
-        f"{describe(processes.device)}, {str(trainer.dtype).removeprefix('torch.')}", processes.world
-    )
+    progress.start(f"{describe(processes.device)}, {str(trainer.dtype).removeprefix('torch.')}", processes.world)
     while trainer.step_done < config.steps:
         values = trainer.step()
         step, last = trainer.step_done, trainer.step_done == config.steps
-        if step % config.log_every == 0 or last:
-            loss, norm = float(processes.mean(values["loss"])), float(values["grad_norm"])
-            if not np.isfinite(loss):
-                raise ValueError(
-                    f"loss is {loss} at step {step}: lower train.lr (now {config.lr}) and start a new run with --run NEW"
-                )
-            progress.log(step, loss=loss, grad_norm=norm, lr=learning_rate(step - 1, config))
-        if step % config.checkpoint_every == 0 or last:
+        logs, saves = step % config.log_every == 0 or last, step % config.checkpoint_every == 0 or last
+        if logs or saves:
+            loss = finite(float(processes.mean(values["loss"])), step, config)
+        if logs:
+            rate = learning_rate(step - 1, config)
+            progress.log(step, loss=loss, grad_norm=float(values["grad_norm"]), lr=rate)
+        if saves:
             trainer.save()
         if config.sample_every and (step % config.sample_every == 0 or last):
             if processes.is_first and sample_grid is not None:

@@ -54,9 +54,7 @@ class Progress:
         if not self.announced:
             self._print(f"expected: {duration(now - self.began + left)} for {self.total - self.first} steps")
             self.announced = True
-        self._line(
-            f"step {step}/{self.total}  loss {values['loss']:.4f}  {rate:.1f} images/s  {duration(left)} left"
-        )
+        self._line(f"step {step}/{self.total}  loss {values['loss']:.4f}  {rate:.1f} images/s  {duration(left)} left")
 
     def picture(self, step: int, path: Path) -> None:
         """Say where a sample grid was written."""

@@ -88,9 +88,7 @@ class Run:
             return None
         folder = self.checkpoints / link.read_text().strip()
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{link} names {folder.name}, which is missing: restore it or train a new run"
-            )
+            raise FileNotFoundError(f"{link} names {folder.name}, which is missing: restore it or train a new run")
         return folder
 
     def steps_done(self) -> int:
@@ -100,9 +98,7 @@ class Run:
 
     def autoencoder(self) -> Autoencoder:
         """Load the run's autoencoder."""
-        return load_autoencoder(
-            self.facts.autoencoder, load_file(self.path / "autoencoder" / "weights.safetensors")
-        )
+        return load_autoencoder(self.facts.autoencoder, load_file(self.path / "autoencoder" / "weights.safetensors"))
 
     def features(self) -> dict[str, np.ndarray]:
         """Load the feature definition's weights and, as "centroids", the clusters' centres."""
@@ -170,9 +166,7 @@ def facts_of(store: Store, column: str | None) -> StoreFacts:
     records = store.manifest["columns"]
     if records.get(column, {}).get("kind") != "cluster":
         known = ", ".join(name for name, record in records.items() if record["kind"] == "cluster")
-        raise ValueError(
-            f"annotate.column: got {column!r}, expected a cluster column of {store.folder}: {known}"
-        )
+        raise ValueError(f"annotate.column: got {column!r}, expected a cluster column of {store.folder}: {known}")
     about, provenance = store.manifest["provenance"], records[column]["provenance"]
     num_clusters = int(provenance["num_clusters"])
     sides = store.manifest["schema"]["latent"]["shape"][2:]  # of (2, C or 2C, h, w)
@@ -232,9 +226,7 @@ def open_run(path: Path) -> Run:
     """
     if not (path / "config.yaml").is_file() or not (path / "store.json").is_file():
         known = ", ".join(p.name for p in list_runs(path.parent)) or "none"
-        raise FileNotFoundError(
-            f"no run at {path}; runs there: {known}. Train one: torchrun tools/train_ldm.py"
-        )
+        raise FileNotFoundError(f"no run at {path}; runs there: {known}. Train one: torchrun tools/train_ldm.py")
     try:
         facts = StoreFacts(**json.loads((path / "store.json").read_text()))
     except (json.JSONDecodeError, TypeError) as error:
@@ -247,9 +239,7 @@ def open_run(path: Path) -> Run:
 def list_runs(root: Path) -> list[Path]:
     """List the run folders below `root`, oldest first by the time recorded in them."""
     found = [p.parent for p in root.glob("*/store.json") if not p.parent.name.startswith(".")]
-    return sorted(
-        found, key=lambda p: (json.loads((p / "store.json").read_text()).get("created", ""), p.name)
-    )
+    return sorted(found, key=lambda p: (json.loads((p / "store.json").read_text()).get("created", ""), p.name))
 
 
 def newest_run(root: Path = RUNS_ROOT) -> Run:

@@ -200,9 +200,7 @@ def test_empty_file():
     assert reason_of(b"") == "empty file"
 
 
-@pytest.mark.parametrize(
-    "data", [b"this is no image\n" * 40, b"P5 but not really", b"%!PS-Adobe-3.0 EPSF\n", b"\0"]
-)
+@pytest.mark.parametrize("data", [b"this is no image\n" * 40, b"P5 but not really", b"%!PS-Adobe-3.0 EPSF\n", b"\0"])
 def test_text_with_an_image_name(data):
     assert reason_of(data)
 
@@ -240,10 +238,7 @@ def test_random_damage_never_escapes():
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 100), (100, 7)])
 def test_too_small(size):
-    assert (
-        reason_of(encode(Image.new("RGB", size)))
-        == f"too small: {size[0]}x{size[1]} px, at least 8x8 expected"
-    )
+    assert reason_of(encode(Image.new("RGB", size))) == f"too small: {size[0]}x{size[1]} px, at least 8x8 expected"
 
 
 def test_smallest_accepted():
@@ -264,13 +259,7 @@ def test_compressed_text_bomb_is_no_crash():
 
 def test_damaged_exif_does_not_cost_the_image():
     data = encode(Image.fromarray(COLOUR), "JPEG", exif=exif_with(6))
-    body = (
-        b"Exif\0\0"
-        + b"II*\0"
-        + struct.pack("<I", 8)
-        + struct.pack("<H", 9)
-        + b"\x12\x01\x02\0\xff\xff\xff\xff"
-    )
+    body = b"Exif\0\0" + b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", 9) + b"\x12\x01\x02\0\xff\xff\xff\xff"
     segment = b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
     start = data.index(b"\xff\xe1")
     end = start + 2 + struct.unpack(">H", data[start + 2 : start + 4])[0]

@@ -19,9 +19,7 @@ def folder(tmp_path: Path) -> Path:
         keys = [f"{index}/{row}.png" for row in range(4)]
         writer.write_shard(index, keys, {"latent": np.full((4, 2, 3), index, np.float16)})
     writer.commit(3, {})
-    write_column(
-        Store.open(tmp_path), "k2", np.arange(12, dtype=np.int32) % 2, "cluster", {"k": 2, "seed": 0}
-    )
+    write_column(Store.open(tmp_path), "k2", np.arange(12, dtype=np.int32) % 2, "cluster", {"k": 2, "seed": 0})
     return tmp_path
 
 
@@ -29,9 +27,7 @@ def test_column_with_the_same_settings_is_kept(folder: Path) -> None:
     store = Store.open(folder)
     assert has_column(store.manifest, "k2", "cluster", {"seed": np.int64(0), "k": 2})
     assert not has_column(store.manifest, "k3", "cluster", {})
-    assert (
-        write_column(store, "k2", np.ones(12, np.int32), "cluster", {"k": 2, "seed": 0}) == store.generation
-    )
+    assert write_column(store, "k2", np.ones(12, np.int32), "cluster", {"k": 2, "seed": 0}) == store.generation
     assert Store.open(folder).column("k2").tolist() == [0, 1] * 6
 
 

@@ -28,9 +28,7 @@ def test_a_generation_is_taken_once(tmp_path: Path) -> None:
     assert manifest.manifest_path(tmp_path, 1).read_bytes() == before
 
 
-def test_without_hard_links_a_generation_is_still_taken_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_hard_links_a_generation_is_still_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_link(source: Path, target: Path) -> None:
         raise OSError(errno.EPERM, "no hard links here")
 
@@ -75,9 +73,7 @@ def test_newer_format_is_refused(tmp_path: Path) -> None:
         manifest.read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content", ["", '{"format": 1, "gen', "[]", '{"name": "package.json"}', '{"format": 1}']
-)
+@pytest.mark.parametrize("content", ["", '{"format": 1, "gen', "[]", '{"name": "package.json"}', '{"format": 1}'])
 def test_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest-000001.json").write_text(content)
     with pytest.raises(ValueError, match=r"manifest-000001\.json is (damaged|not the manifest)"):

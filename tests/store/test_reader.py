@@ -192,9 +192,7 @@ def test_unknown_names(folder: Path) -> None:
 
 
 def test_missing_folder_and_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"no such folder: .*: make one with python tools/annotate\.py"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*: make one with python tools/annotate\.py"):
         Store.open(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no store in .*: make one with python tools/annotate\.py"):
         Store.open(tmp_path)
@@ -285,7 +283,5 @@ def test_newest_store_is_the_one_committed_last(folder: Path) -> None:
 
 def test_no_store_at_all(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "stores"):
-        with pytest.raises(
-            FileNotFoundError, match=r"no store in .*: make one with python tools/annotate\.py"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"no store in .*: make one with python tools/annotate\.py"):
             newest_store(root)

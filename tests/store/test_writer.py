@@ -132,9 +132,7 @@ def test_same_job_twice_gives_the_same_store(folder: Path, tmp_path: Path) -> No
 
 
 def test_same_command_on_a_finished_store_changes_nothing(folder: Path) -> None:
-    before = {
-        path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors") if "assets" not in path.parts
-    }
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors") if "assets" not in path.parts}
     manifests = sorted(folder.glob("manifest-*"))
     write_store(folder)
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -165,9 +163,7 @@ def test_racing_committers_all_land(folder: Path) -> None:
     run(WRITE_STORE + RACE, folder)
     store = Store.open(folder)
     assert store.generation == 2 + 16
-    assert sorted(store.columns) == sorted(
-        ["k2", *(f"k{child}{part}" for child in range(8) for part in "ab")]
-    )
+    assert sorted(store.columns) == sorted(["k2", *(f"k{child}{part}" for child in range(8) for part in "ab")])
     assert store.column("k5a").tolist() == [5] * 12
     assert store.verify() == []
     assert not list(folder.rglob("*.tmp-*"))

@@ -1,0 +1,55 @@
+"""The whole story on the packaged photographs: annotate, train, sample, evaluate, each by its own command.
+
+python tools/demo.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ldm_sg import cli
+from ldm_sg.hardware import choose_device, choose_dtype, describe, probe_seconds
+from ldm_sg.train.progress import duration
+
+RUN = "elpv-elpv"
+COMMANDS = (
+    "python tools/annotate.py --dataset elpv",
+    "torchrun tools/train_ldm.py --store stores/elpv",
+    f"python tools/sample_grid.py --run {RUN} --cluster 17",
+    f"python tools/sample_grid.py --run {RUN} --list",
+    f"python tools/evaluate.py --run {RUN}",
+)
+REFERENCE_PROBE_S, REFERENCE_DEMO_S = 0.0090, 660.0  # measured together: 2 cores of an AMD EPYC with AVX2, fp32
+
+
+def main(args: argparse.Namespace) -> None:
+    device = choose_device()
+    dtype = choose_dtype("auto", device)
+    expected = REFERENCE_DEMO_S * probe_seconds(dtype, device) / REFERENCE_PROBE_S
+    print(
+        f"{describe(device)}, {str(dtype).removeprefix('torch.')}: expect about {duration(expected)} in all", flush=True
+    )
+    began, times = time.perf_counter(), []
+    for command in COMMANDS:
+        print(f"\n$ {command}", flush=True)
+        start = time.perf_counter()
+        if subprocess.run(shlex.split(command)).returncode:
+            sys.exit(2)  # the command has said why
+        times.append((command, time.perf_counter() - start))
+    print("\ntime:")
+    for command, seconds in times:
+        print(f"{duration(seconds):>12}  {command}")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"{duration(time.perf_counter() - began):>12}  in all, on {describe(device)}; largest process {peak:.1f} GiB")
+    print(f"\nlook at {Path('runs') / RUN / 'report.html'}")
+
+
+if __name__ == "__main__":
+    parsed = cli.parser(__doc__.splitlines()[0], "python tools/demo.py").parse_args()
+    cli.run(main, parsed)
