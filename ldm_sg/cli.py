@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from tqdm import tqdm
+
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
     """Make a tool's parser.
@@ -43,3 +45,22 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def bars(stage: str, total: int) -> Callable[[int], None]:
+    """Show a progress bar.
+
+    Args:
+        stage: its name.
+        total: images to come.
+    Returns:
+        A function to call with the number of images just done; the bar closes itself at the end.
+    """
+    bar = tqdm(total=total, desc=stage, unit=" images")
+
+    def update(n: int) -> None:
+        bar.update(n)
+        if bar.n >= total:
+            bar.close()
+
+    return update

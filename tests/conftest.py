@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-NUM_IMAGES = 24
+from ldm_sg.annotate import annotate
+from ldm_sg.config import AnnotateConfig, Config, load_config
+from ldm_sg.data import open_source
+from ldm_sg.store import Store
+from ldm_sg.train import Run, resume_or_create, start_processes, train
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_IMAGES, NUM_CLUSTERS = 24, 3
 PATTERNS = ("stripes", "columns", "checks", "disc")
 
 
@@ -33,13 +45,95 @@ def _image(index: int) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-@pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
-    """24 small RGB images, PNG and JPEG, four patterns, two subfolders; sorting changes their order."""
-    root = tmp_path / "images"
+def write_images(root: Path) -> Path:
+    """Write the images of `image_folder`."""
     for index in range(NUM_IMAGES):
         suffix = ".png" if index % 2 else ".jpg"
         path = root / f"part{index % 3 // 2}" / f"{index}_{PATTERNS[index % len(PATTERNS)]}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         _image(index).save(path)
     return root
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """24 small RGB images, PNG and JPEG, four patterns, two subfolders; sorting changes their order."""
+    return write_images(tmp_path / "images")
+
+
+def annotate_config(folder: Path, **changes: Any) -> AnnotateConfig:
+    """Settings that annotate the images in `folder` in less than a second, into three shards."""
+    tiny = {"size_px": 64, "clusters": [NUM_CLUSTERS], "shard_rows": 8, "batch_size": 4}
+    return AnnotateConfig(dataset=str(folder), **(tiny | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration that trains in less than a second."""
+    path = tmp_path_factory.mktemp("configs") / "tiny.yaml"
+    path.write_text(
+        "annotate: {size_px: 64, clusters: [3], shard_rows: 8, batch_size: 4}\n"
+        "model: {base: 8, multipliers: [1, 2], attention: [2], num_blocks: 1, heads: 2}\n"
+        "diffusion: {parameterisation: edm, schedule: edm}\n"
+        "train: {steps: 6, batch_size: 4, lr: 1.0e-3, warmup_steps: 2, precision: fp32,\n"
+        "        log_every: 1, checkpoint_every: 2, sample_every: 0}\n"
+        "sample: {steps: 3, n: 2, micro_batch: 4}\n"
+        "evaluate: {images_per_cluster: 2, unguided_images: 8}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def tiny_config(tiny_yaml: Path) -> Config:
+    """The configuration of `tiny_yaml`."""
+    return load_config(tiny_yaml)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The store of the 24 images: 64 px, latents 16x4x4, three clusters; tests must not change it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    images = write_images(folder / "images")
+    return annotate(annotate_config(images), open_source(str(images)), folder / "store")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_store: Store, tiny_yaml: Path) -> Run:
+    """A run trained for six steps on `tiny_store`; tests must not change it."""
+    run = resume_or_create(tiny_store.folder.parent / "runs" / "tiny", load_config(tiny_yaml), tiny_store)
+    train(run, tiny_store, start_processes())
+    return run
+
+
+Tool = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def _tool_server() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, str(ROOT / "tests" / "tool_server.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        yield server
+
+
+@pytest.fixture
+def tool(_tool_server: subprocess.Popen[str], tmp_path: Path) -> Tool:
+    """Run `tools/<name>` as a process of its own; the keywords are those of tool_server.Request."""
+
+    def run(
+        name: str,
+        *arguments: object,
+        cwd: Path = tmp_path,
+        configs: Path | None = None,
+        die_at: tuple[str, int] | None = None,
+        full_at: tuple[str, int] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        argv = [str(ROOT / "tools" / name), *map(str, arguments)]
+        out, err = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
+        places = {"cwd": str(cwd), "out": str(out), "err": str(err), "configs": configs and str(configs)}
+        request = {"argv": argv, **places, "die_at": die_at, "full_at": full_at}
+        assert _tool_server.stdin is not None and _tool_server.stdout is not None
+        print(json.dumps(request), file=_tool_server.stdin, flush=True)
+        status = int(_tool_server.stdout.readline())
+        return subprocess.CompletedProcess(argv, status, out.read_text(), err.read_text())
+
+    return run

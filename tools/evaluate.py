@@ -7,10 +7,7 @@ python tools/evaluate.py --run wide --images-per-cluster 16
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import replace
-
-from tqdm import tqdm
 
 from ldm_sg import cli
 from ldm_sg.evaluate import evaluate, write_report
@@ -33,25 +30,13 @@ def arguments() -> argparse.Namespace:
     return made.parse_args()
 
 
-def bars(stage: str, total: int) -> Callable[[int], None]:
-    """Show the progress of one stage."""
-    bar = tqdm(total=total, desc=stage, unit=" images")
-
-    def update(n: int) -> None:
-        bar.update(n)
-        if bar.n >= total:
-            bar.close()
-
-    return update
-
-
 def main(args: argparse.Namespace) -> None:
     run = open_run(RUNS_ROOT / args.run) if args.run else newest_run()
     print(f"run {run.path}, {run.steps_done()} steps")
     if args.images_per_cluster:
         run.config.evaluate.images_per_cluster = args.images_per_cluster
     given = {k: v for k in ("scale", "steps") if (v := getattr(args, k)) is not None}
-    evaluation = evaluate(run, replace(run.config.sample, **given), bars)
+    evaluation = evaluate(run, replace(run.config.sample, **given), cli.bars)
     for what, measured, bound in number_rows(evaluation.numbers):
         print(f"{measured:>8}  {what}" + (f" ({bound})" if bound else ""))
     print(write_report(run, evaluation))

@@ -30,7 +30,7 @@ from ldm_sg.store.format import map_tensors, write_tensors
 from ldm_sg.store.manifest import latest_generation
 
 WORKERS = 2  # decoding threads
-VIEW_IMAGES = 1024  # images whose views the projection is fitted on
+SAMPLE_IMAGES = 512  # images that the decoder and the projection's views are fitted on
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def fit_encoders(config: AnnotateConfig, source: ImageSource, keys: list[str], c
     for batch in _stream(config, source, keys, "fit"):
         autoencoder.add(batch["x"])
         features.add(batch["x"])
-    encoders = Encoders(autoencoder.finish(), features.finish())
+    again = [keys[row] for row in sample_rows(len(keys))]
+    sample = (batch["x"] for batch in _stream(config, source, again, "decoder"))
+    encoders = Encoders(autoencoder.finish(sample), features.finish())
     parts = {f"autoencoder.{n}": t for n, t in encoders.autoencoder.tensors().items()}
     parts |= {f"features.{n}": t for n, t in encoders.features.tensors().items()}
     write_tensors(cache, parts, {})
@@ -183,11 +185,16 @@ def commit_rows(
         write_column(store, "label", values, "label", {"names": source.label_names})
 
 
+def sample_rows(num_rows: int) -> np.ndarray:
+    """Give at most `SAMPLE_IMAGES` rows, spread evenly: where second looks at the images are taken."""
+    return np.unique(np.linspace(0, num_rows - 1, SAMPLE_IMAGES).astype(int))
+
+
 @torch.inference_mode()
 def view_features(
     config: AnnotateConfig, source: ImageSource, keys: list[str], encoders: Encoders
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Extract features of views of at most `VIEW_IMAGES` images, spread evenly over the store.
+    """Extract features of two views of a sample of the images.
 
     Args:
         config, source: how the images are read.
@@ -196,7 +203,7 @@ def view_features(
     Returns:
         For each kind of view: (rows (m,), raw features (m, D) float32 through float16).
     """
-    rows = np.unique(np.linspace(0, len(keys) - 1, VIEW_IMAGES).astype(int))
+    rows = sample_rows(len(keys))
     generator = torch.Generator().manual_seed(0)
     cropped, decoded = [], []
     for batch in _stream(config, source, [keys[row] for row in rows], "views"):

@@ -6,7 +6,7 @@ their standardisation belongs to the store (statistics) and the run (use).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -54,8 +54,8 @@ class Fit(Protocol):
         """Add a batch (B, 3, H, W) in [-1, 1]."""
         ...
 
-    def finish(self) -> Autoencoder:
-        """Give the autoencoder."""
+    def finish(self, sample: Iterable[Tensor]) -> Autoencoder:
+        """Give the autoencoder; `sample` streams some of the images a second time."""
         ...
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class Identity:
     def add(self, x: Tensor) -> None:
         """Nothing to fit."""
 
-    def finish(self) -> Identity:
+    def finish(self, sample: Iterable[Tensor] = ()) -> Identity:
         """The autoencoder itself."""
         return self
 

@@ -1,15 +1,19 @@
 """The optimal linear patch autoencoder, fitted in one streaming pass.
 
 An image is cut into p x p patches; a patch of 3 p^2 values is projected on the C leading eigenvectors of the patches'
-covariance. No other linear map to C numbers has a smaller squared error (Eckart & Young 1936).
+covariance. No other linear map of a patch to C numbers has a smaller squared error (Eckart & Young 1936). The decoder
+looks at the 3x3 latents around a patch, which hides the patches' borders and adds most of a decibel.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -57,8 +61,17 @@ class PatchPCAFit:
         self.total += rows.double().sum(0)
         self.products += (rows.T @ rows).double()  # float32 products, float64 sums over batches
 
-    def finish(self) -> PatchPCA:
-        """Solve for the leading eigenvectors, signs fixed so that equal data give equal weights."""
+    def finish(self, sample: Iterable[Tensor] = ()) -> PatchPCA:
+        """Solve for the leading eigenvectors, then for the decoder.
+
+        Args:
+            sample: batches (B, 3, H, W) of images to fit the 3x3 decoder on; with none, a patch is decoded from its
+                own latent alone.
+        Returns:
+            The autoencoder; signs are fixed, so that equal data give equal weights.
+        Raises:
+            ValueError: if nothing was added.
+        """
         if self.count == 0:
             raise ValueError("got no images to fit patch-pca on, expected at least one readable image")
         mean = self.total / self.count
@@ -66,25 +79,57 @@ class PatchPCAFit:
         _, vectors = torch.linalg.eigh(covariance)  # ascending
         basis = vectors.flip(1)[:, : self.channels]  # (3 p^2, C)
         largest = basis.abs().argmax(0)
-        basis = basis * basis[largest, torch.arange(self.channels)].sign()
-        return PatchPCA(basis.float().numpy(), mean.float().numpy(), self.patch_px)
+        basis = (basis * basis[largest, torch.arange(self.channels)].sign()).float()
+        alone = PatchPCA(basis, mean.float(), center_kernel(basis))
+        kernel = fit_decoder(alone, sample)
+        return PatchPCA(basis, mean.float(), alone.kernel if kernel is None else kernel)
+
+
+def center_kernel(basis: Tensor) -> Tensor:
+    """Make the decoder that uses a patch's own latent alone: (3 p^2, C) -> (3 p^2, C, 3, 3)."""
+    kernel = basis.new_zeros(*basis.shape, 3, 3)
+    kernel[:, :, 1, 1] = basis
+    return kernel
+
+
+def fit_decoder(autoencoder: PatchPCA, sample: Iterable[Tensor]) -> Tensor | None:
+    """Fit the linear map from 3x3 latents to the patch in their middle with the least squared error.
+
+    Args:
+        autoencoder: whose latents are decoded.
+        sample: batches (B, 3, H, W) in [-1, 1].
+    Returns:
+        (3 p^2, C, 3, 3) float32, or None without images. What PCA drops of a patch its neighbours know in part.
+    """
+    gram, target = None, None
+    for x in sample:
+        z = F.unfold(F.pad(autoencoder.encode(x), (1, 1, 1, 1), mode="replicate"), 3)  # (B, 9 C, L)
+        z = z.transpose(1, 2).flatten(0, 1)  # (B L, 9 C)
+        y = patches(x, autoencoder.downsample).flatten(0, 2) - autoencoder.mean  # (B L, 3 p^2)
+        gram = (0 if gram is None else gram) + (z.T @ z).double()
+        target = (0 if target is None else target) + (z.T @ y).double()
+    if gram is None or target is None:
+        return None
+    ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    weights = torch.linalg.solve(gram + ridge, target).float()  # (9 C, 3 p^2)
+    return weights.T.reshape(-1, autoencoder.channels, 3, 3)
 
 
 class PatchPCA:
     """The fitted autoencoder.
 
     Args:
-        basis: (3 p^2, C) float32, orthonormal columns.
+        basis: (3 p^2, C) float32, orthonormal columns; the encoder.
         mean: (3 p^2,) float32.
-        patch_px: p.
-    Source: Hotelling (1933); Eckart & Young (1936).
+        kernel: (3 p^2, C, 3, 3) float32; the decoder, a convolution over the latents.
+    Source: Hotelling (1933); Eckart & Young (1936); the decoder is least squares.
     """
 
-    def __init__(self, basis: np.ndarray, mean: np.ndarray, patch_px: int):
-        self.basis, self.mean = torch.from_numpy(basis.copy()), torch.from_numpy(mean.copy())
-        self.downsample, self.channels = patch_px, basis.shape[1]
-        digest = hashlib.sha256(basis.tobytes() + mean.tobytes()).hexdigest()[:12]
-        self.id = f"patch-pca-{patch_px}x{self.channels}-{digest}"
+    def __init__(self, basis: Tensor, mean: Tensor, kernel: Tensor):
+        self.basis, self.mean, self.kernel = basis.contiguous(), mean.contiguous(), kernel.contiguous()
+        self.downsample, self.channels = math.isqrt(len(basis) // 3), basis.shape[1]
+        digest = hashlib.sha256(b"".join(t.tobytes() for t in self.tensors().values())).hexdigest()[:12]
+        self.id = f"patch-pca-{self.downsample}x{self.channels}-{digest}"
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, H/p, W/p); the projection has no variance."""
@@ -97,18 +142,13 @@ class PatchPCA:
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, 3, h p, w p)."""
-        p = self.downsample
-        b, _, h, w = z.shape
-        rows = z.permute(0, 2, 3, 1) @ self.basis.to(z.device).T + self.mean.to(z.device)  # (B, h, w, 3 p^2)
-        return rows.view(b, h, w, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, 3, h * p, w * p)
+        z = F.pad(z, (1, 1, 1, 1), mode="replicate")
+        rows = F.conv2d(z, self.kernel.to(z.device), self.mean.to(z.device))  # (B, 3 p^2, h, w)
+        return F.pixel_shuffle(rows, self.downsample)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        return {
-            "basis": self.basis.numpy(),
-            "mean": self.mean.numpy(),
-            "patch_px": np.array([self.downsample]),
-        }
+        return {"basis": self.basis.numpy(), "mean": self.mean.numpy(), "kernel": self.kernel.numpy()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, np.ndarray]) -> PatchPCA:
-        return cls(tensors["basis"], tensors["mean"], int(tensors["patch_px"][0]))
+        return cls(*(torch.from_numpy(tensors[name].copy()) for name in ("basis", "mean", "kernel")))

@@ -182,7 +182,7 @@ def finite(loss: float, step: int, config: TrainConfig) -> float:
     """Give a loss back, or refuse to go on with one that is not a number; the last checkpoint stays as it was."""
     if not np.isfinite(loss):
         raise ValueError(
-            f"got loss {loss} at step {step}, expected a finite one: lower train.lr (now {config.lr}) in a new run, --run NEW"
+            f"got loss {loss} at step {step}, expected a finite one: lower train.lr (now {config.lr}) in a new --run"
         )
     return loss
 

@@ -1,0 +1,126 @@
+"""k-means: the same clusters from both engines, as good as scikit-learn's, in an order that means something."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.cluster import KMeans
+
+from ldm_sg.annotate import kmeans
+from ldm_sg.annotate.kmeans import fit_kmeans, nearest
+
+K = 8
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def blobs() -> np.ndarray:
+    """(600, 16) unit rows in eight separated groups of different sizes."""
+    rng = np.random.default_rng(0)
+    sizes = [20, 40, 60, 70, 80, 90, 110, 130]
+    centres = np.repeat(rng.normal(size=(K, 16)), sizes, axis=0)
+    return unit(centres + 0.25 * rng.normal(size=centres.shape))[rng.permutation(600)]
+
+
+@pytest.fixture
+def cloud() -> np.ndarray:
+    """(500, 6) unit rows without any groups, where seedings end in different places."""
+    return unit(np.random.default_rng(1).normal(size=(500, 6)))
+
+
+@pytest.fixture(params=["faiss", "torch"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(kmeans, "faiss", None)
+    elif kmeans.faiss is None:
+        pytest.skip("faiss is not installed")
+    assert kmeans.engine().startswith(request.param)
+    return request.param
+
+
+def test_torch_gives_the_clusters_of_faiss(
+    blobs: np.ndarray, cloud: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kmeans.faiss is None:
+        pytest.skip("faiss is not installed")
+    before = [fit_kmeans(rows, K, seed=3) for rows in (blobs, cloud)]
+    monkeypatch.setattr(kmeans, "faiss", None)
+    for rows, expected in zip((blobs, cloud), before):
+        found = fit_kmeans(rows, K, seed=3)
+        np.testing.assert_array_equal(found.labels, expected.labels)
+        np.testing.assert_allclose(found.centroids, expected.centroids, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_objective_is_that_of_scikit_learn(blobs: np.ndarray, engine: str, seed: int) -> None:
+    best = KMeans(K, n_init=20, random_state=0).fit(blobs).inertia_ / len(blobs)
+    assert fit_kmeans(blobs, K, seed).inertia <= 1.01 * best
+
+
+def test_report_is_true_of_the_clusters(blobs: np.ndarray, engine: str) -> None:
+    found = fit_kmeans(blobs, K, seed=0)
+    assert found.labels.dtype == np.int32
+    assert found.sizes.tolist() == np.bincount(found.labels, minlength=K).tolist()
+    assert found.sizes.tolist() == sorted(found.sizes, reverse=True) and found.sizes[0] > found.sizes[-1] > 0
+    squares = ((blobs[:, None].astype(np.float64) - found.centroids) ** 2).sum(2)  # (N, K)
+    np.testing.assert_array_equal(found.labels, squares.argmin(1))
+    assert found.inertia == pytest.approx(squares.min(1).mean(), rel=1e-5)
+    means = [blobs[found.labels == c].mean(0) for c in range(K)]
+    np.testing.assert_allclose(found.centroids, means, atol=1e-6)
+    assert found.repaired == 0
+
+
+def test_seed_decides(cloud: np.ndarray, engine: str) -> None:
+    a, b, other = (fit_kmeans(cloud, K, seed) for seed in (5, 5, 6))
+    np.testing.assert_array_equal(a.labels, b.labels)
+    assert a.centroids.tobytes() == b.centroids.tobytes() and a.inertia == b.inertia
+    assert (a.labels != other.labels).any()
+
+
+def test_inertia_never_rises(cloud: np.ndarray, engine: str) -> None:
+    values = [fit_kmeans(cloud, K, 0, iterations=i, restarts=1).inertia for i in range(12)]
+    assert all(after <= before + 1e-7 for before, after in zip(values, values[1:])), values
+    assert values[-1] < 0.97 * values[0]
+
+
+def test_restarts_keep_the_best(cloud: np.ndarray) -> None:
+    one, many = (fit_kmeans(cloud, K, 0, restarts=n).inertia for n in (1, 8))
+    assert many < one
+
+
+def test_nearest_ties_go_to_the_lowest_id(engine: str) -> None:
+    centroids = np.array([[0, 2], [1, 0], [1, 0], [0, -1], [1, 0]], np.float32)
+    rows = np.array([[1, 0], [0, -1], [2, 0]], np.float32)
+    labels, squares = nearest(rows, centroids)
+    assert labels.tolist() == [1, 3, 1] and labels.dtype == np.int32
+    assert squares.tolist() == [0, 0, 1]
+
+
+def test_empty_clusters_are_repaired(blobs: np.ndarray, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans, "seed_centroids", lambda rows, k, rng: np.repeat(rows[:1], k, axis=0))
+    found = fit_kmeans(blobs, K, seed=0, restarts=1)
+    assert found.repaired >= K - 1
+    assert found.sizes.min() > 0
+
+
+def test_duplicate_images(engine: str) -> None:
+    points = unit(np.random.default_rng(0).normal(size=(3, 4)))
+    rows = np.repeat(points, [7, 2, 4], axis=0)
+    assert fit_kmeans(rows, 3, seed=0).sizes.tolist() == [7, 4, 2]
+    more = fit_kmeans(rows, 5, seed=0)  # fewer different rows than clusters: some stay empty, nothing breaks
+    assert more.sizes.tolist() == [7, 4, 2, 0, 0]
+    assert np.isfinite(more.centroids).all() and more.inertia == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [0, 14])
+def test_impossible_numbers_of_clusters_are_refused(k: int) -> None:
+    with pytest.raises(ValueError, match=f"got 13 images for {k} clusters.*--clusters"):
+        fit_kmeans(np.eye(13, dtype=np.float32), k, seed=0)
+
+
+def test_one_cluster_per_image(engine: str) -> None:
+    found = fit_kmeans(np.eye(13, dtype=np.float32), 13, seed=0)
+    assert found.sizes.tolist() == [1] * 13 and found.inertia == pytest.approx(0, abs=1e-6)
