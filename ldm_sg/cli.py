@@ -36,15 +36,15 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
         arguments: parsed.
     """
     try:
-        main(arguments)
-    except (ValueError, FileNotFoundError, OSError) as error:
+        return main(arguments)
+    except (ValueError, OSError) as error:
         if arguments.debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        line, status = f"error: {' '.join(str(error).split())}", 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        line, status = "stopped; the same command goes on from here", 130
+    print(line, file=sys.stderr)  # out here the progress bars of what failed are closed
+    sys.exit(status)
 
 
 def bars(stage: str, total: int) -> Callable[[int], None]:

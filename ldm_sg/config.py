@@ -12,16 +12,28 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 CONFIG_ROOT = Path(__file__).resolve().parents[1] / "configs"
 
 CHOICES = {
+    "annotate.autoencoder": ("patch-pca", "identity"),
+    "annotate.features": ("patch-quantiles",),
     "diffusion.parameterisation": ("eps", "v", "edm"),
     "diffusion.schedule": ("linear", "scaled_linear", "cosine", "edm"),
     "diffusion.loss": ("l2", "l1"),
     "train.lr_decay": ("none", "cosine"),
     "train.precision": ("auto", "fp32", "bf16"),
     "sample.sampler": ("ddim", "heun", "dpm++2m"),
+}
+MAX_SEED = 2**32 - 1  # torch's CPU generator ignores higher bits
+RANGES = {  # both ends included; None is let pass
+    "annotate.limit": (1, 2**63 - 1),
+    "annotate.max_bad": (0, 1),
+    "annotate.seed": (0, MAX_SEED),
+    "train.drop_prob": (0, 1),
+    "train.seed": (0, MAX_SEED),
+    "sample.seed": (0, MAX_SEED),
 }
 
 
@@ -156,8 +168,10 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> Config
             layers.append(OmegaConf.load(path))
         layers.append(OmegaConf.from_dotlist(overrides or []))
         merged: Any = OmegaConf.to_object(OmegaConf.merge(*layers))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"configuration: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:  # the last two: no mapping
+        where = getattr(error, "full_key", None) or path or "key=value"
+        what = " ".join(str(error).split("\n    full_key:")[0].split())
+        raise ValueError(f"configuration, {where}: {what}") from error
     check(merged)
     return merged
 
@@ -171,8 +185,7 @@ def check(config: Config) -> None:
         ValueError: naming the key, what it is and what it must be.
     """
     for key, choices in CHOICES.items():
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
+        value = _value(config, key)
         if value not in choices:
             raise ValueError(f"{key}: got {value!r}, expected one of {', '.join(choices)}")
     edm = (config.diffusion.parameterisation == "edm", config.diffusion.schedule == "edm")
@@ -181,18 +194,35 @@ def check(config: Config) -> None:
     positive = (
         "train.batch_size",
         "train.lr",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
         "sample.steps",
         "sample.n",
         "sample.micro_batch",
         "model.base",
+        "model.num_blocks",
+        "model.heads",
+        "annotate.size_px",
+        "annotate.shard_rows",
+        "annotate.batch_size",
+        "diffusion.num_steps",
     )
-    for key in (*positive, "annotate.size_px", "annotate.shard_rows", "diffusion.num_steps"):
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
+    for key in positive:
+        value = _value(config, key)
         if not value > 0:
             raise ValueError(f"{key}: got {value}, expected more than 0")
-    if not 0 <= config.train.drop_prob <= 1:
-        raise ValueError(f"train.drop_prob: got {config.train.drop_prob}, expected 0 to 1")
+    for key, (low, high) in RANGES.items():
+        value = _value(config, key)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{key}: got {value}, expected {low} to {high}")
+    if not config.annotate.clusters or min(config.annotate.clusters) < 1:
+        raise ValueError(f"annotate.clusters: got {config.annotate.clusters}, expected at least 1 each")
+
+
+def _value(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

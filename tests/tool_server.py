@@ -5,6 +5,7 @@ Reads one JSON request per line (`Request`) and answers with the exit status.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -18,7 +19,11 @@ from pathlib import Path
 from typing import TypedDict
 
 import ldm_sg.config
-import ldm_sg.evaluate  # noqa: F401 (joins all the rest)
+import ldm_sg.evaluate  # joins all the rest
+
+with contextlib.suppress(ImportError):
+    import torch._dynamo  # what the first optimizer loads
+    import torch.utils.tensorboard  # noqa: F401
 
 TIMEOUT_S = 120
 ROOM_BYTES = 4096  # what a file may still hold on the full disk

@@ -12,7 +12,7 @@ from pathlib import Path
 from ldm_sg import cli
 from ldm_sg.annotate import annotate, summary
 from ldm_sg.config import CONFIG_ROOT, AnnotateConfig, check, load_config
-from ldm_sg.data import open_source
+from ldm_sg.data import DATASETS, open_source
 
 STORES = Path("stores")
 
@@ -56,6 +56,12 @@ def configure(args: argparse.Namespace) -> AnnotateConfig:
     for name in names:
         if getattr(args, name) is not None:
             setattr(config.annotate, name, getattr(args, name))
+    if args.dataset not in DATASETS and Path(args.dataset).expanduser().exists():
+        config.annotate.dataset = str(Path(args.dataset).expanduser().resolve())
+    if args.column and len(config.annotate.clusters) > 1:
+        raise ValueError(
+            f"got --column {args.column} for {len(config.annotate.clusters)} values of --clusters, expected one"
+        )
     check(config)
     return config.annotate
 

@@ -10,6 +10,7 @@ import argparse
 from dataclasses import replace
 
 from ldm_sg import cli
+from ldm_sg.config import check
 from ldm_sg.evaluate import evaluate, write_report
 from ldm_sg.evaluate.report import number_rows
 from ldm_sg.train import newest_run, open_run
@@ -36,7 +37,9 @@ def main(args: argparse.Namespace) -> None:
     if args.images_per_cluster:
         run.config.evaluate.images_per_cluster = args.images_per_cluster
     given = {k: v for k in ("scale", "steps") if (v := getattr(args, k)) is not None}
-    evaluation = evaluate(run, replace(run.config.sample, **given), cli.bars)
+    options = replace(run.config.sample, **given)
+    check(replace(run.config, sample=options))
+    evaluation = evaluate(run, options, cli.bars)
     for what, measured, bound in number_rows(evaluation.numbers):
         print(f"{measured:>8}  {what}" + (f" ({bound})" if bound else ""))
     print(write_report(run, evaluation))

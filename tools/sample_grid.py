@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm_sg import cli
+from ldm_sg.config import check
 from ldm_sg.diffusion import SAMPLERS
 from ldm_sg.sample import Sampler, contact_sheet, sample_grid
 from ldm_sg.sample.grid import RealImages
@@ -82,6 +83,7 @@ def main(args: argparse.Namespace) -> None:
     options = replace(run.config.sample, **given)
     if args.unguided:
         options = replace(options, scale=0.0)
+    check(replace(run.config, sample=options))
     rows = len(args.cluster or [0])
     with tqdm(total=rows * options.n, desc="sample", unit=" images") as bar:
         picture, made = sample_grid(Sampler(run), args.cluster, options, real_images(run), bar.update)

@@ -65,7 +65,8 @@ def main(args: argparse.Namespace) -> None:
     train(run, store, processes, training_grid)
     processes.close()
     if processes.is_first:
-        print(f"done: {run.path}. Next: python tools/sample_grid.py --run {name} --cluster 17")
+        cluster = min(17, run.facts.num_clusters - 1)
+        print(f"done: {run.path}. Next: python tools/sample_grid.py --run {name} --cluster {cluster}")
 
 
 if __name__ == "__main__":

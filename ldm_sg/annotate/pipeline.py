@@ -21,7 +21,7 @@ from ldm_sg.annotate.features import FEATURES, Extractor, load_features
 from ldm_sg.annotate.kmeans import ITERATIONS, RESTARTS, engine, fit_kmeans
 from ldm_sg.annotate.projection import Projection, fit_projection
 from ldm_sg.annotate.quality import normalised_mutual_information
-from ldm_sg.annotate.views import crop_views, decoded_views
+from ldm_sg.annotate.views import LATENT_NOISE, crop_views, decoded_views
 from ldm_sg.autoencoder import FITS, Autoencoder, load_autoencoder
 from ldm_sg.config import AnnotateConfig
 from ldm_sg.data import ImageSource, batches, to_model_range
@@ -63,7 +63,7 @@ def annotate(config: AnnotateConfig, source: ImageSource, out: Path) -> Store:
         encoders = fit_encoders(config, source, keys, out / f"fit-{job[:8]}.safetensors")
         encode_shards(config, source, shards, encoders, writer)
         commit_rows(config, source, len(shards), encoders, writer)
-    store = Store.open(out)
+    store = add_labels(Store.open(out), source)
     for k in config.clusters:
         store = add_clusters(store, config, k)
     return store
@@ -159,7 +159,7 @@ def commit_rows(
     _check_count(num_rows, config)
     raw = np.concatenate([tensors["feature"] for _, tensors in finished])
     mean, std = latent_statistics((t["latent"] for _, t in finished), encoders.autoencoder.channels)
-    views = view_features(config, source, [key for keys, _ in finished for key in keys], encoders)
+    views = view_features(config, source, [key for keys, _ in finished for key in keys], encoders, std)
     projection = fit_projection(raw, views)
     writer.add_asset("autoencoder", encoders.autoencoder.tensors(), {"name": config.autoencoder})
     weights = {
@@ -178,11 +178,15 @@ def commit_rows(
         "num_keys": total,
     }
     writer.commit(num_shards, {"latent": {"mean": mean.tolist(), "std": std.tolist()}, "provenance": provenance})
+
+
+def add_labels(store: Store, source: ImageSource) -> Store:
+    """Add the column "label", -1 where an image has none, if the data set has labels and the store not yet."""
     labels = source.labels()
-    if labels is not None:
-        store = Store.open(writer.folder)
-        values = np.array([labels.get(key, -1) for key in store.keys], np.int32)
-        write_column(store, "label", values, "label", {"names": source.label_names})
+    if labels is None or "label" in store.columns:
+        return store
+    values = np.array([labels.get(key, -1) for key in store.keys], np.int32)
+    return Store.open(store.folder, write_column(store, "label", values, "label", {"names": source.label_names}))
 
 
 def sample_rows(num_rows: int) -> np.ndarray:
@@ -192,24 +196,30 @@ def sample_rows(num_rows: int) -> np.ndarray:
 
 @torch.inference_mode()
 def view_features(
-    config: AnnotateConfig, source: ImageSource, keys: list[str], encoders: Encoders
+    config: AnnotateConfig, source: ImageSource, keys: list[str], encoders: Encoders, deviation: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Extract features of two views of a sample of the images.
+    """Extract features of three views of a sample of the images: cropped, decoded, decoded with noise.
 
     Args:
         config, source: how the images are read.
         keys: of all rows.
         encoders: fitted.
+        deviation: (C,) of the latents' channels; scales the noise.
     Returns:
         For each kind of view: (rows (m,), raw features (m, D) float32 through float16).
     """
     rows = sample_rows(len(keys))
     generator = torch.Generator().manual_seed(0)
-    cropped, decoded = [], []
+    scale = LATENT_NOISE * torch.from_numpy(deviation).float().view(1, -1, 1, 1)
+    extract, autoencoder = encoders.features.extract, encoders.autoencoder
+    found: list[list[np.ndarray]] = [[], [], []]
     for batch in _stream(config, source, [keys[row] for row in rows], "views"):
-        cropped.append(encoders.features.extract(crop_views(batch["x"], generator)).half().numpy())
-        decoded.append(encoders.features.extract(decoded_views(batch["x"], encoders.autoencoder)).half().numpy())
-    return [(rows, np.concatenate(view).astype(np.float32)) for view in (cropped, decoded)]
+        x, side = batch["x"], config.size_px // autoencoder.downsample
+        noise = scale * torch.randn(len(x), autoencoder.channels, side, side, generator=generator)
+        views = (crop_views(x, generator), decoded_views(x, autoencoder), decoded_views(x, autoencoder, noise))
+        for parts, view in zip(found, views, strict=True):
+            parts.append(extract(view).half().numpy())
+    return [(rows, np.concatenate(parts).astype(np.float32)) for parts in found]
 
 
 def latent_statistics(shards: Iterable[np.ndarray], channels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,5 @@
-"""Views of an image that show the same thing: a small random crop, and what the autoencoder leaves of it.
+"""Views of an image that show the same thing: a small random crop, what the autoencoder leaves of it, and the same
+with a little noise on the latents, as much as a generator leaves there.
 
 The projection keeps the directions in which images differ more from each other than from their own views.
 """
@@ -12,6 +13,7 @@ from torch import Tensor
 from ldm_sg.autoencoder import Autoencoder
 
 CROP_SHARE = (0.90, 0.97)  # of the side
+LATENT_NOISE = 0.3  # in units of each latent channel's deviation
 
 
 def crop_views(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -30,11 +32,20 @@ def crop_views(x: Tensor, generator: torch.Generator) -> Tensor:
         side = round(size * (low + (high - low) * share))
         i, j = int(top * (size - side + 1)), int(left * (size - side + 1))
         crop = image[None, :, i : i + side, j : j + side]
-        crop = F.interpolate(crop, (size, size), mode="bicubic", align_corners=False).clamp(-1, 1)
+        crop = F.interpolate(crop, (size, size), mode="bilinear", align_corners=False)
         views.append(crop.flip(3) if mirror < 0.5 else crop)
-    return torch.cat(views)
+    return torch.cat(views).clamp_(-1, 1)  # rounding
 
 
-def decoded_views(x: Tensor, autoencoder: Autoencoder) -> Tensor:
-    """Encode and decode images (B, 3, S, S), clipped to [-1, 1]: what a generated image could look like at best."""
-    return autoencoder.decode(autoencoder.sample(autoencoder.encode(x))).clamp(-1, 1)
+def decoded_views(x: Tensor, autoencoder: Autoencoder, noise: Tensor | None = None) -> Tensor:
+    """Encode and decode images: what a generated image could look like at best, or at a finite precision.
+
+    Args:
+        x: (B, 3, S, S) in [-1, 1].
+        autoencoder: encodes and decodes.
+        noise: (B, C, h, w) added to the latents; None adds nothing.
+    Returns:
+        (B, 3, S, S) in [-1, 1].
+    """
+    z = autoencoder.sample(autoencoder.encode(x))
+    return autoencoder.decode(z if noise is None else z + noise).clamp(-1, 1)

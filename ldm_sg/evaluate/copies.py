@@ -17,7 +17,7 @@ class CopyAudit:
     """The audit in one space.
 
     Attributes:
-        share: of generated images nearer to a training image than the threshold.
+        share: of generated images at most the threshold away from a training image; duplicates may make it 0.
         threshold: 1st percentile of the distances from real images to their nearest other real image.
         distances: (M,) from each generated image to its nearest training image.
         nearest: (M,) row of that training image.
@@ -58,7 +58,7 @@ def audit_copies(generated: np.ndarray, real: np.ndarray) -> CopyAudit:
     among = nearest_other(real)
     rows, squared = nearest(generated, real)
     distances, threshold = np.sqrt(squared), float(np.percentile(among, PERCENTILE))
-    return CopyAudit(float((distances < threshold).mean()), threshold, distances, rows)
+    return CopyAudit(float((distances <= threshold).mean()), threshold, distances, rows)
 
 
 def nearest_other(vectors: np.ndarray, chunk: int = 512) -> np.ndarray:

@@ -21,6 +21,7 @@ from ldm_sg.sample.grid import RealImages
 from ldm_sg.train.run import Run
 
 CEILING_IMAGES = 512  # real images for the reconstruction numbers
+FLOOR = 1e-10  # squared error that counts as none; keeps `identity` at 106 dB
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def psnr(autoencoder: Autoencoder, images: np.ndarray) -> float:
         x = to_model_range(images[start : start + 32])
         z = autoencoder.sample(autoencoder.encode(x))
         total += float(((autoencoder.decode(z) - x) ** 2).mean((1, 2, 3)).sum())
-    return 10 * float(np.log10(4 / (total / len(images))))
+    return 10 * float(np.log10(4 / max(total / len(images), FLOOR)))
 
 
 def evaluate(run: Run, options: SampleConfig, progress: Callable[[str, int], Callable[[int], None]]) -> Evaluation:
@@ -79,7 +80,7 @@ def evaluate(run: Run, options: SampleConfig, progress: Callable[[str, int], Cal
     shown = np.random.default_rng(options.seed).choice(
         real.store.num_rows, min(CEILING_IMAGES, real.store.num_rows), False
     )
-    images = real.rows(shown)
+    images = training_images(real, shown)
     numbers["psnr_db"] = psnr(sampler.autoencoder, images)
     numbers["agreement_ceiling"] = reconstruction_ceiling(sampler, annotator, images, real.clusters[shown])
     guided = np.zeros((0, *images.shape[1:]), np.uint8)
@@ -99,10 +100,29 @@ def evaluate(run: Run, options: SampleConfig, progress: Callable[[str, int], Cal
     return Evaluation(numbers, guided, unguided)
 
 
+def training_images(real: RealImages, rows: np.ndarray) -> np.ndarray:
+    """Read the images of some rows of the store.
+
+    Args:
+        real: the training images.
+        rows: (n,) row numbers.
+    Returns:
+        (n, S, S, 3) uint8.
+    Raises:
+        FileNotFoundError: if some can no longer be read; the numbers would not be about the same images.
+    """
+    images = real.rows(rows)
+    if len(images) < len(rows):
+        raise FileNotFoundError(
+            f"{len(rows) - len(images)} training images of {real.source.name} can no longer be read: restore them"
+        )
+    return images
+
+
 def copy_numbers(generated: np.ndarray, real: RealImages, annotator: Annotator) -> dict[str, Any]:
     """Audit generated images against the whole training set, in pixels and in features."""
-    chunks = [real.rows(range(i, min(i + 256, real.store.num_rows))) for i in range(0, real.store.num_rows, 256)]
-    pixels = np.concatenate([thumbnails(chunk) for chunk in chunks])
+    chunks = np.array_split(np.arange(real.store.num_rows), -(-real.store.num_rows // 256))
+    pixels = np.concatenate([thumbnails(training_images(real, chunk)) for chunk in chunks])
     features = annotator.projection(real.store.read_all("feature"))
     in_pixels = audit_copies(thumbnails(generated), pixels)
     in_features = audit_copies(annotator.features(generated), features)

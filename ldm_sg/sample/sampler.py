@@ -108,19 +108,23 @@ class Sampler:
         Returns:
             Iterator of (b, S, S, 3) uint8, in the order of the requests.
         """
-        for latents in self.latents(requests, options):
-            pixels = to_uint8(self.autoencoder.decode(self.run.facts.restore(latents)))
+        for latents, count in self._micro_batches(requests, options):
+            pixels = to_uint8(self.autoencoder.decode(self.run.facts.restore(latents)))[:count]
             if progress is not None:
                 progress(len(pixels))
             yield pixels
 
     def latents(self, requests: Sequence[Request], options: SampleConfig) -> Iterator[Tensor]:
         """Make standardised latents, one micro-batch (b, C, h, w) at a time; arguments as for `images`."""
+        for latents, count in self._micro_batches(requests, options):
+            yield latents[:count]
+
+    def _micro_batches(self, requests: Sequence[Request], options: SampleConfig) -> Iterator[tuple[Tensor, int]]:
+        """Yield latents (micro_batch, C, h, w) and how many of them were asked for; the rest is padding."""
         size = options.micro_batch
         for start in range(0, len(requests), size):
             part = list(requests[start : start + size])
-            padded = part + [part[-1]] * (size - len(part))
-            yield self._micro_batch(padded, options)[: len(part)]
+            yield self._micro_batch(part + [part[-1]] * (size - len(part)), options), len(part)
 
     @torch.inference_mode()
     def _micro_batch(self, requests: list[Request], options: SampleConfig) -> Tensor:

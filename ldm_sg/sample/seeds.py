@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MAX_SEED = 2**63 - 1
+from ldm_sg.config import MAX_SEED
 
 
 class SeededNoise:
     """One generator per image, on the CPU.
 
     Args:
-        seeds: one per image, 0 to 2^63 - 1.
+        seeds: one per image, 0 to 2^32 - 1.
         shape: (C, h, w) of a latent.
     Raises:
         ValueError: for a seed out of range.
@@ -23,7 +23,7 @@ class SeededNoise:
     def __init__(self, seeds: Sequence[int], shape: Sequence[int]):
         bad = [s for s in seeds if not 0 <= s <= MAX_SEED]
         if bad:
-            raise ValueError(f"got seed {bad[0]}, expected 0 to 2^63 - 1")
+            raise ValueError(f"got seed {bad[0]}, expected 0 to 2^32 - 1")
         self.shape = tuple(shape)
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
 

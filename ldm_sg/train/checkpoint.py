@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,8 +44,10 @@ def save_checkpoint(
             _sync(file)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, Exception):  # safetensors and torch raise types of their own on a full disk
+            raise OSError(f"cannot write {final} ({error}): free space, then run the same command") from error
         raise
     _sync(folder)
     _point(folder.parent / "latest", final)
@@ -61,11 +65,12 @@ def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch
     Returns:
         The number of steps done.
     Raises:
-        ValueError: if the checkpoint does not fit the network.
+        FileNotFoundError: if a file is missing.
+        ValueError: if the checkpoint is damaged or does not fit the network.
     """
     load_weights(network, folder / FILES[0])
     load_weights(ema.network, folder / FILES[1])
-    state = torch.load(folder / FILES[2], weights_only=True)
+    state = _read(folder / FILES[2], lambda path: torch.load(path, weights_only=True))
     optimizer.load_state_dict(state["optimizer"])
     ema.updates = state["updates"]
     return int(state["step"])
@@ -81,14 +86,23 @@ def load_weights(network: nn.Module, path: Path) -> None:
         FileNotFoundError: if the file is missing.
         ValueError: if names or shapes differ, or the file is damaged.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}: the checkpoint is incomplete; train again")
+    weights = _read(path, load_file)
     try:
-        network.load_state_dict(load_file(path))
-    except (RuntimeError, OSError) as error:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
         raise ValueError(f"{path} does not fit this network: {' '.join(str(error).split())[:200]}") from error
-    except Exception as error:  # safetensors raises its own type on a damaged file
-        raise ValueError(f"{path} is damaged ({error}): delete its folder and train again") from error
+
+
+def _read(path: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Read a file of a checkpoint, or say in one line what is wrong with it."""
+    latest = path.parent.parent.parent / "latest"
+    mend = f"put another checkpoint's name into {latest}, or train again with --run NEW"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}, the checkpoint is incomplete: {mend}")
+    try:
+        return load(path)
+    except Exception as error:  # safetensors and torch raise types of their own on a damaged file
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): {mend}") from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from ldm_sg.autoencoder import Autoencoder, load_autoencoder
@@ -21,6 +21,7 @@ from ldm_sg.config import Config, DiffusionConfig, ModelConfig, differences, loa
 from ldm_sg.diffusion import Schedule, build_schedule
 from ldm_sg.model import UNet
 from ldm_sg.store import Store
+from ldm_sg.store.format import map_tensors, write_tensors
 
 RUNS_ROOT = Path("runs")
 
@@ -98,11 +99,15 @@ class Run:
 
     def autoencoder(self) -> Autoencoder:
         """Load the run's autoencoder."""
-        return load_autoencoder(self.facts.autoencoder, load_file(self.path / "autoencoder" / "weights.safetensors"))
+        return load_autoencoder(self.facts.autoencoder, self._weights("autoencoder"))
 
     def features(self) -> dict[str, np.ndarray]:
         """Load the feature definition's weights and, as "centroids", the clusters' centres."""
-        return load_file(self.path / "features" / "weights.safetensors")
+        return self._weights("features")
+
+    def _weights(self, part: str) -> dict[str, np.ndarray]:
+        tensors, _ = map_tensors(self.path / part / "weights.safetensors")
+        return {name: tensor.copy() for name, tensor in tensors.items()}
 
 
 def build_network(config: ModelConfig, facts: StoreFacts) -> UNet:
@@ -202,14 +207,18 @@ def create_run(path: Path, config: Config, store: Store) -> Run:
     """
     facts = facts_of(store, config.annotate.column)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for part in ("autoencoder", "features"):
-        (partial / part).mkdir(parents=True)
-    save_config(config, partial / "config.yaml")
-    (partial / "store.json").write_text(json.dumps(asdict(facts), indent=1))
-    save_file(store.asset("autoencoder")[0], partial / "autoencoder" / "weights.safetensors")
-    weights = {**store.asset("features")[0], **store.asset(f"clusters-{facts.column}")[0]}
-    save_file(weights, partial / "features" / "weights.safetensors")
-    partial.rename(path)
+    try:
+        for part in ("autoencoder", "features"):
+            (partial / part).mkdir(parents=True)
+        save_config(config, partial / "config.yaml")
+        (partial / "store.json").write_text(json.dumps(asdict(facts), indent=1))
+        write_tensors(partial / "autoencoder" / "weights.safetensors", store.asset("autoencoder")[0], {})
+        weights = {**store.asset("features")[0], **store.asset(f"clusters-{facts.column}")[0]}
+        write_tensors(partial / "features" / "weights.safetensors", weights, {})
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return open_run(path)
 
 
@@ -231,7 +240,7 @@ def open_run(path: Path) -> Run:
         facts = StoreFacts(**json.loads((path / "store.json").read_text()))
     except (json.JSONDecodeError, TypeError) as error:
         raise ValueError(
-            f"{path / 'store.json'} is damaged or of another version ({error}): train a new run"
+            f"{path / 'store.json'} is damaged or of another version ({error}): name another run with --run"
         ) from error
     return Run(path, load_config(path / "config.yaml"), facts)
 
@@ -239,7 +248,14 @@ def open_run(path: Path) -> Run:
 def list_runs(root: Path) -> list[Path]:
     """List the run folders below `root`, oldest first by the time recorded in them."""
     found = [p.parent for p in root.glob("*/store.json") if not p.parent.name.startswith(".")]
-    return sorted(found, key=lambda p: (json.loads((p / "store.json").read_text()).get("created", ""), p.name))
+    return sorted(found, key=lambda p: (_created(p), p.name))
+
+
+def _created(run: Path) -> str:
+    try:
+        return str(json.loads((run / "store.json").read_text())["created"])
+    except (ValueError, TypeError, KeyError):
+        return "~"  # damaged: after all times, as it might be the newest
 
 
 def newest_run(root: Path = RUNS_ROOT) -> Run:

@@ -46,7 +46,7 @@ def test_deterministic(images: Tensor) -> None:
 def test_does_not_depend_on_how_images_are_batched(images: Tensor) -> None:
     extractor = fit(images).finish()
     alone = torch.cat([extractor.extract(image[None]) for image in images])
-    torch.testing.assert_close(extractor.extract(images), alone, rtol=0, atol=2e-3)  # float16's step at 4
+    torch.testing.assert_close(extractor.extract(images), alone, rtol=0, atol=1e-3)
 
 
 def test_round_trip_through_the_store(images: Tensor) -> None:
@@ -60,7 +60,7 @@ def test_mirroring_changes_little(images: Tensor) -> None:
     plain, mirrored = extractor.extract(images), extractor.extract(images.flip(3))
     to_mirror = (plain - mirrored).norm(dim=1)
     to_others = torch.cdist(plain, plain)[~torch.eye(len(plain), dtype=torch.bool)]
-    assert to_mirror.median() < 0.5 * to_others.median()
+    assert to_mirror.median() < 0.45 * to_others.median()
 
 
 def test_position_does_not_enter(images: Tensor) -> None:
@@ -78,7 +78,7 @@ def test_textures_are_told_apart(images: Tensor, image_folder: Path) -> None:
 
 
 def test_small_images_and_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="got 63 px images, expected at least 64.*--size"):
+    with pytest.raises(ValueError, match=r"got 63 px images, expected at least 64.*--size"):
         FEATURES["patch-quantiles"](63)
     with pytest.raises(ValueError, match="got features 'dino', expected one of patch-quantiles"):
         load_features("dino", {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans
@@ -82,7 +84,7 @@ def test_seed_decides(cloud: np.ndarray, engine: str) -> None:
 
 def test_inertia_never_rises(cloud: np.ndarray, engine: str) -> None:
     values = [fit_kmeans(cloud, K, 0, iterations=i, restarts=1).inertia for i in range(12)]
-    assert all(after <= before + 1e-7 for before, after in zip(values, values[1:])), values
+    assert all(after <= before + 1e-7 for before, after in pairwise(values)), values
     assert values[-1] < 0.97 * values[0]
 
 

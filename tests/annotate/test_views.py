@@ -36,7 +36,7 @@ def test_crops_follow_the_generator() -> None:
 
 
 def test_views_stay_in_range() -> None:
-    x = torch.rand(5, 3, SIZE, SIZE, generator=seeded(1)).round() * 2 - 1  # bicubic interpolation overshoots
+    x = torch.rand(5, 3, SIZE, SIZE, generator=seeded(1)).round() * 2 - 1  # black and white
     assert crop_views(x, seeded(0)).abs().max() <= 1
 
 

@@ -1,0 +1,84 @@
+"""What every tool does alike."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm_sg import cli
+
+TOOLS = sorted(path.name for path in (Path(__file__).resolve().parents[1] / "tools").glob("*.py"))
+
+
+def run(error: BaseException | None, debug: bool = False) -> None:
+    def main(_: argparse.Namespace) -> None:
+        if error is not None:
+            raise error
+
+    cli.run(main, argparse.Namespace(debug=debug))
+
+
+def test_success_returns() -> None:
+    run(None)
+
+
+@pytest.mark.parametrize("error", [ValueError("got 3,\n  expected 4"), FileNotFoundError("got 3, expected 4")])
+def test_user_error_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(error)
+    assert capsys.readouterr() == ("", "error: got 3, expected 4\n")
+
+
+def test_debug_and_our_own_errors_keep_the_traceback() -> None:
+    with pytest.raises(ValueError, match="bad"):
+        run(ValueError("bad"), debug=True)
+    with pytest.raises(AssertionError, match="ours"):
+        run(AssertionError("ours"))
+
+
+def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="130"):
+        run(KeyboardInterrupt())
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_bar_of_what_failed_ends_before_the_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: argparse.Namespace) -> None:
+        bar = cli.bars("stage", 5)
+        bar(2)
+        raise ValueError("bad")
+
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(main, argparse.Namespace(debug=False))
+    err = capsys.readouterr().err
+    assert err.endswith("\nerror: bad\n") and "2/5" in err
+
+
+def test_bar_closes_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = cli.bars("stage", 5)
+    bar(2)
+    bar(3)
+    assert capsys.readouterr().err.endswith("\n")
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_help_has_an_example_that_parses(name: str, tool: Any) -> None:
+    done = tool(name, "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    example = done.stdout.split("example:\n  ")[1].splitlines()[0]
+    assert re.match(rf"(python|torchrun)( --)? tools/{name}( |$)", example), example
+    assert "--debug" in done.stdout
+    flags = [word for word in example.split() if word.startswith("--") and len(word) > 2]
+    assert all(flag in done.stdout.split("example:")[0] for flag in flags)
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_unknown_and_shortened_flags_are_refused(name: str, tool: Any) -> None:
+    for flag in ("--no-such-flag", "--debu"):
+        done = tool(name, flag)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith("usage: ") and "Traceback" not in done.stderr
