@@ -6,6 +6,7 @@ Sections are named as the stages of the flow. A YAML lists only what differs fro
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,12 @@ def check(config: Config) -> None:
 def _value(config: Config, key: str) -> Any:
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
+
+
+def config_path(dataset: str) -> Path:
+    """Give the YAML of a data set: `configs/<name>.yaml` for a named one that has it, else `configs/folder.yaml`."""
+    named = CONFIG_ROOT / f"{dataset}.yaml"
+    return named if os.sep not in dataset and named.is_file() else CONFIG_ROOT / "folder.yaml"
 
 
 def to_dict(config: Config) -> dict[str, Any]:

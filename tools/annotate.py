@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ldm_sg import cli
 from ldm_sg.annotate import annotate, summary
-from ldm_sg.config import CONFIG_ROOT, AnnotateConfig, check, load_config
+from ldm_sg.config import AnnotateConfig, check, config_path, load_config
 from ldm_sg.data import DATASETS, open_source
 
 STORES = Path("stores")
@@ -40,8 +40,7 @@ def arguments() -> argparse.Namespace:
 
 def configure(args: argparse.Namespace) -> AnnotateConfig:
     """Merge the data set's YAML and the flags."""
-    named = CONFIG_ROOT / f"{args.dataset}.yaml"
-    config = load_config(named if named.is_file() else CONFIG_ROOT / "folder.yaml")
+    config = load_config(config_path(args.dataset))
     names = (
         "dataset",
         "clusters",

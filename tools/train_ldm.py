@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from ldm_sg import cli
-from ldm_sg.config import CONFIG_ROOT, Config, load_config, to_dict
+from ldm_sg.config import Config, config_path, load_config, to_dict
 from ldm_sg.store import Store, newest_store, verify
 from ldm_sg.train import resume_or_create, start_processes, train
 from ldm_sg.train.run import RUNS_ROOT
@@ -33,8 +33,7 @@ def arguments() -> argparse.Namespace:
 def choose(args: argparse.Namespace) -> tuple[Store, Path, Config]:
     """Find the store and the configuration that the arguments mean."""
     store = Store.open(args.store or newest_store("stores"))
-    named = CONFIG_ROOT / f"{store.manifest['provenance']['dataset']}.yaml"
-    path = args.config or (named if named.is_file() else CONFIG_ROOT / "folder.yaml")
+    path = args.config or config_path(store.manifest["provenance"]["dataset"])
     return store, path, load_config(path, args.overrides)
 
 

@@ -6,7 +6,6 @@ weights are kept beside them and everything is a function of the images and the 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -63,6 +62,7 @@ def annotate(config: AnnotateConfig, source: ImageSource, out: Path) -> Store:
         encoders = fit_encoders(config, source, keys, out / f"fit-{job[:8]}.safetensors")
         encode_shards(config, source, shards, encoders, writer)
         commit_rows(config, source, len(shards), encoders, writer)
+        (out / f"fit-{job[:8]}.safetensors").unlink(missing_ok=True)
     store = add_labels(Store.open(out), source)
     for k in config.clusters:
         store = add_clusters(store, config, k)
@@ -71,9 +71,12 @@ def annotate(config: AnnotateConfig, source: ImageSource, out: Path) -> Store:
 
 def job_definition(config: AnnotateConfig, source: ImageSource, keys: list[str]) -> dict[str, Any]:
     """Collect everything that defines a store's rows."""
-    listing = hashlib.sha256("\n".join(keys).encode()).hexdigest()
-    names = ("size_px", "autoencoder", "patch_px", "latent_channels", "features", "shard_rows")
-    return {"images": listing, "dataset": source.name, **{name: getattr(config, name) for name in names}}
+    names = ("size_px", "autoencoder", "patch_px", "latent_channels", "features", "shard_rows", "batch_size")
+    return {
+        "images": source.fingerprint(keys),
+        "dataset": source.name,
+        **{name: getattr(config, name) for name in names},
+    }
 
 
 def fit_encoders(config: AnnotateConfig, source: ImageSource, keys: list[str], cache: Path) -> Encoders:
@@ -198,7 +201,7 @@ def sample_rows(num_rows: int) -> np.ndarray:
 def view_features(
     config: AnnotateConfig, source: ImageSource, keys: list[str], encoders: Encoders, deviation: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Extract features of three views of a sample of the images: cropped, decoded, decoded with noise.
+    """Extract features of views of a sample of the images: cropped, flipped, decoded, decoded with noise.
 
     Args:
         config, source: how the images are read.
@@ -212,14 +215,19 @@ def view_features(
     generator = torch.Generator().manual_seed(0)
     scale = LATENT_NOISE * torch.from_numpy(deviation).float().view(1, -1, 1, 1)
     extract, autoencoder = encoders.features.extract, encoders.autoencoder
-    found: list[list[np.ndarray]] = [[], [], []]
+    found: list[list[np.ndarray]] = []
     for batch in _stream(config, source, [keys[row] for row in rows], "views"):
         x, side = batch["x"], config.size_px // autoencoder.downsample
         noise = scale * torch.randn(len(x), autoencoder.channels, side, side, generator=generator)
-        views = (crop_views(x, generator), decoded_views(x, autoencoder), decoded_views(x, autoencoder, noise))
-        for parts, view in zip(found, views, strict=True):
-            parts.append(extract(view).half().numpy())
-    return [(rows, np.concatenate(parts).astype(np.float32)) for parts in found]
+        views = (
+            crop_views(x, generator),
+            x.flip(3),
+            x.flip(2),
+            decoded_views(x, autoencoder),
+            decoded_views(x, autoencoder, noise),
+        )
+        found.append([extract(view).half().numpy() for view in views])
+    return [(rows, np.concatenate(parts).astype(np.float32)) for parts in zip(*found, strict=True)]
 
 
 def latent_statistics(shards: Iterable[np.ndarray], channels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -50,13 +50,15 @@ class PatchPCAFit:
         if not 1 <= channels <= width:
             raise ValueError(f"got {channels} latent channels, expected 1 to {width} for {patch_px} px patches")
         self.patch_px, self.channels, self.every = patch_px, channels, every
-        self.count = 0
+        self.seen = self.count = 0  # patches offered and used
         self.total = torch.zeros(width, dtype=torch.float64)
         self.products = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
         """Add a batch (B, 3, H, W) in [-1, 1]."""
-        rows = patches(x, self.patch_px).flatten(0, 2)[:: self.every]
+        rows = patches(x, self.patch_px).flatten(0, 2)
+        first, self.seen = -self.seen % self.every, self.seen + len(rows)
+        rows = rows[first :: self.every]
         self.count += len(rows)
         self.total += rows.double().sum(0)
         self.products += (rows.T @ rows).double()  # float32 products, float64 sums over batches

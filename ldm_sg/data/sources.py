@@ -6,9 +6,10 @@ reading stays cheap and every bad file is judged in one place.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +36,10 @@ class ImageSource(Protocol):
 
     def read(self, key: str) -> bytes:
         """Return the encoded bytes of one image; OSError where they cannot be read."""
+        ...
+
+    def fingerprint(self, keys: Sequence[str]) -> str:
+        """Return a hash that changes when these images do; cheap, so names and sizes rather than pixels."""
         ...
 
     def labels(self) -> dict[str, int] | None:
@@ -86,6 +91,14 @@ class FolderSource:
             OSError: the file is gone or cannot be read.
         """
         return (self.root / key).read_bytes()
+
+    def fingerprint(self, keys: Sequence[str]) -> str:
+        """Hash the names and sizes of some files, SHA-256 in hex; a file that is gone counts as empty."""
+        digest = hashlib.sha256()
+        for key in keys:
+            path = self.root / key
+            digest.update(f"{key}\t{path.stat().st_size if path.exists() else 0}\n".encode())
+        return digest.hexdigest()
 
     def labels(self) -> dict[str, int] | None:
         """Return key -> class index for reporting, or None (any plain folder)."""
