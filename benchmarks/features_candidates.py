@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm_sg.annotate.projection import DIRECTIONS, Projection, fit_projection
 
-VIEWS = ("crop", "decoded", "flip_h", "flip_v")
+VIEWS = ("crop", "flip_h", "flip_v", "decoded", "noised")
 
 Raw = dict[str, np.ndarray]  # "image" or a view -> (m, D) float32
 Project = Callable[[np.ndarray], np.ndarray]  # (m, D) -> (m, d), rows of length 1
@@ -78,15 +78,15 @@ def candidates(raw: np.ndarray, rows: np.ndarray, fit: Raw) -> dict[str, tuple[S
     def discriminant(views: Sequence[str], power: float) -> Callable[[], Project]:
         return lambda: fit_projection(raw, [(rows, fit[v]) for v in views], DIRECTIONS, power)
 
-    both = ("crop", "decoded")
+    both, flips = ("crop", "decoded"), ("crop", "decoded", "flip_h", "flip_v")
     made = {
         "PCA 64": ((), lambda: fit_pca(raw)),
         "PCA 64 half whitened": ((), lambda: fit_pca(raw, 0.5)),
-        "crop only, power 0.5": (("crop",), discriminant(("crop",), 0.5)),
-        "decoded only, power 0.5": (("decoded",), discriminant(("decoded",), 0.5)),
-        **{f"crop + decoded, power {p:g}": (both, discriminant(both, p)) for p in (0, 0.25, 0.5, 0.75, 1)},
-        "crop + decoded + flips, power 0.5": (VIEWS, discriminant(VIEWS, 0.5)),
-        "VICReg perceptron, crop + decoded": (both, lambda: train_network(raw, fit, both)),
-        "VICReg perceptron, crop + decoded + flips": (VIEWS, lambda: train_network(raw, fit, VIEWS)),
+        "crop, power 0.5": (("crop",), discriminant(("crop",), 0.5)),
+        "decoded, power 0.5": (("decoded",), discriminant(("decoded",), 0.5)),
+        "crop + decoded, power 0.5": (both, discriminant(both, 0.5)),
+        "crop + decoded + flips, power 0.5": (flips, discriminant(flips, 0.5)),
+        **{f"all views, power {p:g}": (VIEWS, discriminant(VIEWS, p)) for p in (0, 0.25, 0.5, 0.75, 1)},
+        "VICReg perceptron, all views": (VIEWS, lambda: train_network(raw, fit, VIEWS)),
     }
     return {f"patch-quantiles, {name}": value for name, value in made.items()}

@@ -32,7 +32,12 @@ RANGES = {  # both ends included; None is let pass
     "annotate.limit": (1, 2**63 - 1),
     "annotate.max_bad": (0, 1),
     "annotate.seed": (0, MAX_SEED),
+    "diffusion.beta_end": (0, 0.999),
+    "diffusion.min_snr_gamma": (1e-6, 1e6),
+    "train.steps": (0, 2**63 - 1),
+    "train.ema_decay": (0, 1),
     "train.drop_prob": (0, 1),
+    "sample.eta": (0, 1),
     "train.seed": (0, MAX_SEED),
     "sample.seed": (0, MAX_SEED),
 }
@@ -217,6 +222,11 @@ def check(config: Config) -> None:
         value = _value(config, key)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{key}: got {value}, expected {low} to {high}")
+    if not 0 < config.diffusion.sigma_min < config.diffusion.sigma_max:
+        got = f"{config.diffusion.sigma_min} and {config.diffusion.sigma_max}"
+        raise ValueError(f"diffusion.sigma_min and sigma_max: got {got}, expected 0 < sigma_min < sigma_max")
+    if not config.model.multipliers or min(config.model.multipliers) < 1:
+        raise ValueError(f"model.multipliers: got {config.model.multipliers}, expected at least 1 each")
     if not config.annotate.clusters or min(config.annotate.clusters) < 1:
         raise ValueError(f"annotate.clusters: got {config.annotate.clusters}, expected at least 1 each")
 

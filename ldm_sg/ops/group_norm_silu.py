@@ -37,6 +37,7 @@ def group_norm_silu(
         RuntimeError: (torch) if `groups` does not divide C.
     Source: Wu & He (2018), eq. 1 and 2.
     """
+    assert (scale is None) == (shift is None), "scale and shift come together"
     y = F.group_norm(x, groups, weight, bias, eps)
     if scale is not None and shift is not None:
         y = torch.addcmul(shift[:, :, None, None], y, 1 + scale[:, :, None, None])

@@ -29,6 +29,7 @@ def prefix_attention(
         (B, L, heads, width).
     Source: paper appendix B, "Cross-attention"; Vaswani et al. (2017), eq. 1.
     """
+    assert (k_prefix is None) == (v_prefix is None), "a prefix has keys and values"
     if k_prefix is not None and v_prefix is not None:
         k = torch.cat([k_prefix, k], dim=1)  # (B, P + L, heads, width)
         v = torch.cat([v_prefix, v], dim=1)
