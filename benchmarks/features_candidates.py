@@ -1,4 +1,4 @@
-"""What features_elpv.py compares the package's own features and projection with."""
+"""What bench_features.py compares the package's own features and projection with."""
 
 from __future__ import annotations
 

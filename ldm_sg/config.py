@@ -6,6 +6,7 @@ Sections are named as the stages of the flow. A YAML lists only what differs fro
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,7 +136,6 @@ class EvaluateConfig:
 
     images_per_cluster: int = 4  # for the guidance agreement
     unguided_images: int = 256  # for the histogram at w=0
-    copy_images: int = 128  # generated images looked up among the training images
 
 
 @dataclass
@@ -194,9 +194,6 @@ def check(config: Config) -> None:
         value = _value(config, key)
         if value not in choices:
             raise ValueError(f"{key}: got {value!r}, expected one of {', '.join(choices)}")
-    edm = (config.diffusion.parameterisation == "edm", config.diffusion.schedule == "edm")
-    if edm[1] and not edm[0]:
-        raise ValueError("diffusion.schedule: edm needs diffusion.parameterisation=edm")
     positive = (
         "train.batch_size",
         "train.lr",
@@ -213,6 +210,11 @@ def check(config: Config) -> None:
         "annotate.shard_rows",
         "annotate.batch_size",
         "diffusion.num_steps",
+        "diffusion.beta_start",
+        "diffusion.rho",
+        "train.grad_clip",
+        "evaluate.images_per_cluster",
+        "evaluate.unguided_images",
     )
     for key in positive:
         value = _value(config, key)
@@ -222,6 +224,29 @@ def check(config: Config) -> None:
         value = _value(config, key)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{key}: got {value}, expected {low} to {high}")
+    check_together(config)
+
+
+def check_together(config: Config) -> None:
+    """Check what must fit together; `check` calls it.
+
+    Args:
+        config: whose values are each in range.
+    Raises:
+        ValueError: naming the keys, what they are and what they must be.
+    """
+    if config.diffusion.schedule == "edm" and config.diffusion.parameterisation != "edm":
+        raise ValueError("diffusion.schedule: edm needs diffusion.parameterisation=edm")
+    if not math.isfinite(config.sample.scale):
+        raise ValueError(f"sample.scale: got {config.sample.scale}, expected a finite number")
+    if config.sample.eta and config.sample.sampler != "ddim":
+        raise ValueError(
+            f"sample.eta: got {config.sample.eta} with {config.sample.sampler}, expected sampler=ddim or eta=0"
+        )
+    if config.diffusion.schedule != "edm" and config.sample.steps > config.diffusion.num_steps:
+        raise ValueError(f"sample.steps: got {config.sample.steps}, expected at most {config.diffusion.num_steps}")
+    if config.model.tokens and config.model.attention is None:
+        raise ValueError("model.tokens: got true without attention, expected model.attention such as [4]")
     if not 0 < config.diffusion.sigma_min < config.diffusion.sigma_max:
         got = f"{config.diffusion.sigma_min} and {config.diffusion.sigma_max}"
         raise ValueError(f"diffusion.sigma_min and sigma_max: got {got}, expected 0 < sigma_min < sigma_max")

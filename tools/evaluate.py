@@ -33,8 +33,8 @@ def arguments() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     run = open_run(RUNS_ROOT / args.run) if args.run else newest_run()
-    print(f"run {run.path}, {run.steps_done()} steps")
-    if args.images_per_cluster:
+    print(f"run {run.path}, {run.steps_done()} steps; {run.facts.describe()}")
+    if args.images_per_cluster is not None:
         run.config.evaluate.images_per_cluster = args.images_per_cluster
     given = {k: v for k in ("scale", "steps") if (v := getattr(args, k)) is not None}
     options = replace(run.config.sample, **given)

@@ -76,7 +76,9 @@ def save_images(images: np.ndarray, folder: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     run = open_run(RUNS_ROOT / args.run) if args.run else newest_run()
-    print(f"run {run.path}, {run.steps_done()} steps, {run.facts.num_clusters} clusters")
+    print(f"run {run.path}, {run.steps_done()} steps; {run.facts.describe()}")
+    if args.out and args.out.suffix.lower() != ".png":
+        raise ValueError(f"got --out {args.out}, expected a name that ends in .png")
     if args.list:
         return list_clusters(run)
     given = {k: v for k in ("n", "scale", "steps", "seed", "sampler") if (v := getattr(args, k)) is not None}
@@ -87,12 +89,12 @@ def main(args: argparse.Namespace) -> None:
     rows = len(args.cluster or [0])
     with tqdm(total=rows * options.n, desc="sample", unit=" images") as bar:
         picture, made = sample_grid(Sampler(run), args.cluster, options, real_images(run), bar.update)
-    what = "cluster-" + "-".join(map(str, args.cluster)) if args.cluster else "any"
+    what = "cluster-" + "-".join(map(str, args.cluster[:8])) if args.cluster else "any"
+    if args.save_images:
+        save_images(made, args.save_images)
     path = args.out or run.path / "samples" / f"{what}-w{options.scale:g}-seed{options.seed}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
-    if args.save_images:
-        save_images(made, args.save_images)
     print(path)
 
 

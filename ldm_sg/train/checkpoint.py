@@ -70,7 +70,7 @@ def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch
     """
     load_weights(network, folder / FILES[0])
     load_weights(ema.network, folder / FILES[1])
-    state = _read(folder / FILES[2], lambda path: torch.load(path, weights_only=True))
+    state = _read(folder / FILES[2], lambda path: torch.load(path, weights_only=True, map_location="cpu"))
     optimizer.load_state_dict(state["optimizer"])
     ema.updates = state["updates"]
     return int(state["step"])
@@ -125,4 +125,6 @@ def _sync(path: Path) -> None:
 def _point(link: Path, target: Path) -> None:
     temporary = link.with_name("latest.tmp")
     temporary.write_text(f"{target.name}\n")
+    _sync(temporary)
     temporary.replace(link)
+    _sync(link.parent)

@@ -32,6 +32,11 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
+    def say(self, text: str) -> None:
+        """Print on the first process alone."""
+        if self.is_first:
+            print(text, flush=True)
+
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """Average a tensor over the processes."""
         if self.world == 1:

@@ -155,6 +155,7 @@ class Trainer:
         batch = load_batch(self.step_done, self.run, self.store, self.clusters, self.schedule, self.processes)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step_done, self.config)
+        torch.manual_seed((self.config.seed * 1_000_003 + self.step_done) * 4096 + self.processes.rank)  # for dropout
         loss = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -178,13 +179,13 @@ class Trainer:
         self.processes.barrier()
 
 
-def finite(loss: float, step: int, config: TrainConfig) -> float:
-    """Give a loss back, or refuse to go on with one that is not a number; the last checkpoint stays as it was."""
-    if not np.isfinite(loss):
+def finite(what: str, value: float, step: int, config: TrainConfig) -> float:
+    """Give a value back, or refuse to go on with one that is not a number; the last checkpoint stays as it was."""
+    if not np.isfinite(value):
         raise ValueError(
-            f"got loss {loss} at step {step}, expected a finite one: lower train.lr (now {config.lr}) in a new --run"
+            f"got {what} {value} at step {step}, expected a finite one: lower train.lr (now {config.lr}) in a new --run"
         )
-    return loss
+    return value
 
 
 def train(run: Run, store: Store, processes: Processes, sample_grid: SampleGrid | None = None) -> None:
@@ -206,10 +207,10 @@ def train(run: Run, store: Store, processes: Processes, sample_grid: SampleGrid 
         step, last = trainer.step_done, trainer.step_done == config.steps
         logs, saves = step % config.log_every == 0 or last, step % config.checkpoint_every == 0 or last
         if logs or saves:
-            loss = finite(float(processes.mean(values["loss"])), step, config)
+            loss = finite("loss", float(processes.mean(values["loss"])), step, config)
+            norm = finite("gradient norm", float(values["grad_norm"]), step, config)
         if logs:
-            rate = learning_rate(step - 1, config)
-            progress.log(step, loss=loss, grad_norm=float(values["grad_norm"]), lr=rate)
+            progress.log(step, loss=loss, grad_norm=norm, lr=learning_rate(step - 1, config))
         if saves:
             trainer.save()
         if config.sample_every and (step % config.sample_every == 0 or last):

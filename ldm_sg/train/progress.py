@@ -91,7 +91,7 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        print("tensorboard is not installed: metrics go to metrics.jsonl only (pip install 'ldm_sg[train]')")
+        print("tensorboard is not installed: metrics go to metrics.jsonl only (pip install -e '.[train]')")
         return None
     return SummaryWriter(str(folder / "events"))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -46,6 +47,14 @@ class StoreFacts:
     features: str  # name; their weights and the centroids lie in features/
     provenance: dict[str, object]  # of the column
     created: str
+
+    def describe(self) -> str:
+        """Say in one line what the guidance is: the annotation's provenance."""
+        p = self.provenance
+        return (
+            f"{self.num_images} images of {Path(self.dataset).name}, column {self.column}: {p['algorithm']}, "
+            f"K={self.num_clusters}, seed {p['seed']}, on {self.features}; latents {self.autoencoder}"
+        )
 
     def standardise(self, z: Tensor) -> Tensor:
         """Latents of the autoencoder (B, C, h, w) -> zero mean, unit variance per channel."""
@@ -87,9 +96,11 @@ class Run:
         link = self.path / "latest"
         if not link.is_file():
             return None
-        folder = self.checkpoints / link.read_text().strip()
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{link} names {folder.name}, which is missing: restore it or train a new run")
+        name = link.read_text().strip()
+        folder = self.checkpoints / name
+        if not re.fullmatch(r"step-\d+", name) or not folder.is_dir():
+            known = ", ".join(p.name for p in sorted(self.checkpoints.glob("step-*"))) or "none"
+            raise FileNotFoundError(f"{link} names {name!r}, expected one of the checkpoints there: {known}")
         return folder
 
     def steps_done(self) -> int:

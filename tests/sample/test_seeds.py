@@ -9,6 +9,7 @@ from ldm_sg.config import MAX_SEED
 from ldm_sg.sample.seeds import SeededNoise
 
 SHAPE = (3, 4, 5)
+FIRST = [2.040919, -2.555665, 0.418099, -0.567770, -0.452649]  # of seed 3
 
 
 def test_noise_does_not_depend_on_the_others() -> None:
@@ -33,3 +34,8 @@ def test_noise_is_standard_normal() -> None:
 def test_seed_out_of_range(seed: int) -> None:
     with pytest.raises(ValueError, match=f"got seed {seed}, expected 0 to"):
         SeededNoise([0, seed], SHAPE)
+
+
+def test_noise_is_the_same_everywhere() -> None:
+    drawn = SeededNoise([3], SHAPE).draw()[0, 0, 0]
+    assert drawn.tolist() == pytest.approx(FIRST, abs=1e-6)

@@ -149,5 +149,5 @@ def test_damaged_weights(part: str, data: bytes | None, run: Run) -> None:
 def test_missing_checkpoint(run: Run) -> None:
     assert run.latest() is None and run.steps_done() == 0
     (run.path / "latest").write_text("step-00000004\n")
-    with pytest.raises(FileNotFoundError, match="latest names step-00000004, which is missing"):
+    with pytest.raises(FileNotFoundError, match="latest names 'step-00000004', expected one of the checkpoints"):
         run.latest()

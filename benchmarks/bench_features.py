@@ -1,6 +1,6 @@
 """Which features to cluster: candidates compared by stability, which needs no labels, and by NMI, for reporting only.
 
-python benchmarks/features_elpv.py
+python benchmarks/bench_features.py
 
 Projections and networks learn from views of the rows that `annotate` uses for it; stability is measured on the other
 rows, with other crops and noise. The criterion is the plain mean of the six stabilities.
