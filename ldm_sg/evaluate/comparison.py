@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ldm_sg.config import SampleConfig, differences
+from ldm_sg.evaluate.evaluation import training_images
 from ldm_sg.evaluate.kernel_distance import KernelDistance, efficientnet_lite0, image_features, kernel_distance
 from ldm_sg.sample import Sampler, histogram_requests
 from ldm_sg.sample.grid import RealImages
@@ -57,10 +58,9 @@ def compare_guidance(
         )
     network, real = efficientnet_lite0(), RealImages(guided)
     bar, parts = progress("real", real.store.num_rows), []
-    for start in range(0, real.store.num_rows, 64):
-        images = real.rows(range(start, min(start + 64, real.store.num_rows)))
-        parts.append(image_features(network, images))
-        bar(len(images))
+    for chunk in np.array_split(np.arange(real.store.num_rows), -(-real.store.num_rows // 64)):
+        parts.append(image_features(network, training_images(real, chunk)))
+        bar(len(chunk))
     expected, rows = np.concatenate(parts), []
     requests = histogram_requests(guided.facts.histogram, n, options.seed)
     for run, scale in [*((guided, w) for w in scales), (unguided, 0.0)]:
