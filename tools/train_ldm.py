@@ -16,7 +16,7 @@ from ldm_sg.config import Config, config_path, load_config, to_dict
 from ldm_sg.sample import training_grid
 from ldm_sg.store import Store, newest_store, verify
 from ldm_sg.train import resume_or_create, start_processes, train
-from ldm_sg.train.run import RUNS_ROOT
+from ldm_sg.train.run import RUNS_ROOT, facts_of, follow_store
 
 
 def arguments() -> argparse.Namespace:
@@ -35,7 +35,8 @@ def choose(args: argparse.Namespace) -> tuple[Store, Path, Config]:
     """Find the store and the configuration that the arguments mean."""
     store = Store.open(args.store or newest_store("stores"))
     path = args.config or config_path(store.manifest["provenance"]["dataset"])
-    return store, path, load_config(path, args.overrides)
+    config = load_config(path, args.overrides)
+    return store, path, follow_store(config, facts_of(store, config.annotate.column), args.overrides)
 
 
 def prepare(store: Store, path: Path, config: Config, name: str) -> None:

@@ -114,7 +114,10 @@ class UNet(nn.Module):
             spatial: (B, S, h, w) mask; None means the null mask (zeros).
         Returns:
             (B, C, h, w) float32.
+        Raises:
+            ValueError: if guidance is given that this network was built without.
         """
+        self._refuse_unused(label=(label, self.num_clusters), spatial=(spatial, self.spatial_channels))
         embedding, tokens = self._embed(x, time, label)
         if self.spatial_channels:
             mask = x.new_zeros(x.shape[0], self.spatial_channels, *x.shape[2:]) if spatial is None else spatial
@@ -130,6 +133,12 @@ class UNet(nn.Module):
                 h = torch.cat([h, skips.pop()], dim=1)
             h = stage(h, embedding, tokens)
         return self.conv_out(self.norm_out(h)).float()
+
+    @staticmethod
+    def _refuse_unused(**guidance: tuple[Tensor | None, int]) -> None:
+        for name, (given, width) in guidance.items():
+            if given is not None and not width:
+                raise ValueError(f"got {name} guidance for a network built without it, expected none: leave it out")
 
     def _embed(self, x: Tensor, time: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor | None]:
         embedding = self.time_embed(time_features(time, self.base).to(x.dtype))  # (B, 4 base)

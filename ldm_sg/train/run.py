@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -204,6 +205,30 @@ def facts_of(store: Store, column: str | None) -> StoreFacts:
         provenance=provenance,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
+
+
+def follow_store(config: Config, facts: StoreFacts, overrides: Sequence[str] = ()) -> Config:
+    """Fill the `annotate` section with what the store was made with, so that a run's config.yaml tells the truth.
+
+    Args:
+        config: merged; changed in place.
+        facts: of the store.
+        overrides: the "section.key=value" strings given.
+    Returns:
+        `config`.
+    Raises:
+        ValueError: if an override changes the annotation, which only tools/annotate.py can.
+    """
+    for item in overrides:
+        key = item.split("=")[0]
+        if key.startswith("annotate.") and key != "annotate.column":
+            raise ValueError(f"got {item}, expected only annotate.column here: tools/annotate.py makes another store")
+    section, (channels, height, _) = config.annotate, facts.latent_shape
+    section.dataset, section.size_px, section.column = facts.dataset, facts.size_px, facts.column
+    section.autoencoder, section.features = facts.autoencoder, facts.features
+    section.patch_px, section.latent_channels = facts.size_px // height, channels
+    section.clusters, section.seed = [facts.num_clusters], int(str(facts.provenance["seed"]))
+    return config
 
 
 def create_run(path: Path, config: Config, store: Store) -> Run:

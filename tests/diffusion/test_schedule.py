@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm_sg.diffusion import build_schedule
-from ldm_sg.diffusion.schedule import VariancePreserving
+from ldm_sg.diffusion.schedule import VariancePreserving, spread
 
 DISCRETE = ("linear", "scaled_linear", "cosine")
 
@@ -90,9 +90,22 @@ def test_training_sees_every_time_and_no_other(name: str) -> None:
     counts = torch.bincount(times, minlength=21)
     assert counts[0] == 0
     assert len(counts) == 21
-    assert counts[1:].min() > 120  # 200 expected each
-    assert counts[1:].max() < 280
+    assert counts[1:].min() >= 199  # 200 expected each, evenly spread
+    assert counts[1:].max() <= 201
     assert torch.equal(times, schedule.training_times(4000, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_batch_spreads_over_the_noise(seed: int) -> None:
+    values = spread(32, torch.Generator().manual_seed(seed))
+    assert values.min() >= 0
+    assert values.max() < 1
+    assert (values * 32).long().bincount(minlength=32).tolist() == [1] * 32
+
+
+def test_a_single_spread_value_is_uniform() -> None:
+    values = torch.cat([spread(4, torch.Generator().manual_seed(seed))[:1] for seed in range(2000)])
+    assert (values * 10).long().bincount(minlength=10).min() > 150  # 200 expected each
 
 
 def test_network_counts_the_times_from_zero() -> None:

@@ -127,6 +127,14 @@ def test_mask_is_concatenated_to_the_input() -> None:
     assert (with_mask - null).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["label", "spatial"])
+def test_guidance_that_the_network_cannot_use_is_refused(name: str) -> None:
+    network = UNet(4, base=32, multipliers=(1, 2), attention=None, num_blocks=1)
+    given = {"label": torch.zeros(1, 3), "spatial": torch.zeros(1, 1, 8, 8)}[name]
+    with pytest.raises(ValueError, match=f"got {name} guidance for a network built without it"):
+        network(torch.zeros(1, 4, 8, 8), torch.zeros(1), **{name: given})
+
+
 def test_layout_does_not_matter() -> None:
     network = tiny(num_clusters=5, tokens=True, spatial_channels=2)
     x, time = inputs()

@@ -140,6 +140,7 @@ def test_unknown_key(refused: Any, place: Path, tiny_yaml: Path) -> None:
         ("train.lr", ("train.lr", "key=value")),
         ("sample.sampler=euler", ("sample.sampler", "euler", "ddim")),
         ("annotate.column=k99", ("annotate.column", "k99", "k3")),
+        ("annotate.size_px=32", ("annotate.size_px=32", "annotate.column", "tools/annotate.py")),
         ("model.multipliers=[1,1,1,1]", ("model.multipliers", "4x4")),
     ],
 )

@@ -15,7 +15,7 @@ from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.config import Config
 from ldm_sg.store import Store
 from ldm_sg.train import Run, newest_run, open_run, resume_or_create
-from ldm_sg.train.run import build_network, facts_of, list_runs
+from ldm_sg.train.run import build_network, facts_of, follow_store, list_runs
 
 
 @pytest.fixture
@@ -76,6 +76,19 @@ def test_another_store_is_refused(field: str, run: Run, tiny_config: Config, tin
 def test_unknown_column_is_refused(tiny_store: Store) -> None:
     with pytest.raises(ValueError, match=r"annotate.column: got 'k99', expected a cluster column of .*: k3"):
         facts_of(tiny_store, "k99")
+
+
+def test_the_configuration_follows_the_store(tiny_config: Config, tiny_store: Store) -> None:
+    tiny_config.annotate.size_px, tiny_config.annotate.clusters = 256, [32]
+    annotate = follow_store(tiny_config, facts_of(tiny_store, None), ["train.lr=1", "annotate.column=k3"]).annotate
+    assert (annotate.size_px, annotate.clusters, annotate.column) == (64, [3], "k3")
+    assert (annotate.patch_px, annotate.latent_channels) == (16, 16)
+    assert annotate.dataset == tiny_store.manifest["provenance"]["dataset"]
+
+
+def test_a_run_cannot_change_the_annotation(tiny_config: Config, tiny_store: Store) -> None:
+    with pytest.raises(ValueError, match=r"got annotate.size_px=32, expected only annotate.column here"):
+        follow_store(tiny_config, facts_of(tiny_store, None), ["annotate.size_px=32"])
 
 
 def test_too_many_levels_are_refused(run: Run, tiny_config: Config) -> None:
