@@ -14,7 +14,7 @@ from ldm_sg.annotate import annotate, pipeline
 from ldm_sg.annotate.features import FEATURES
 from ldm_sg.annotate.features import LOADERS as FEATURE_LOADERS
 from ldm_sg.annotate.kmeans import fit_kmeans
-from ldm_sg.annotate.pipeline import latent_statistics, stored_projection
+from ldm_sg.annotate.pipeline import latent_statistics, projected_features
 from ldm_sg.autoencoder import FITS, LOADERS, load_autoencoder
 from ldm_sg.config import CHOICES, AnnotateConfig
 from ldm_sg.data import FolderSource, load_images, open_source, to_model_range
@@ -84,7 +84,7 @@ def test_statistics_count_the_variance_of_the_moments() -> None:
 
 
 def test_column_is_k_means_of_the_projected_features(tiny_store: Store) -> None:
-    features = stored_projection(tiny_store)(tiny_store.read_all("feature"))
+    features = np.concatenate(list(projected_features(tiny_store)))
     expected = fit_kmeans(features, 3, seed=0)
     np.testing.assert_array_equal(tiny_store.column("k3"), expected.labels)
     np.testing.assert_array_equal(tiny_store.asset("clusters-k3")[0]["centroids"], expected.centroids)
