@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_sg.annotate.projection import DIRECTIONS, Projection, fit_projection
+from ldm_sg.annotate.projection import DIRECTIONS, Projection, feature_moments, fit_projection
 
 VIEWS = ("crop", "flip_h", "flip_v", "decoded", "noised")
 
@@ -76,7 +76,8 @@ def candidates(raw: np.ndarray, rows: np.ndarray, fit: Raw) -> dict[str, tuple[S
     """Every way to make k-means input of patch-quantiles: the views it learns from, and what fits it."""
 
     def discriminant(views: Sequence[str], power: float) -> Callable[[], Project]:
-        return lambda: fit_projection(raw, [(rows, fit[v]) for v in views], DIRECTIONS, power)
+        moments, sample = feature_moments([raw]), raw[rows]
+        return lambda: fit_projection(moments, sample, [fit[v] for v in views], DIRECTIONS, power)
 
     both, flips = ("crop", "decoded"), ("crop", "decoded", "flip_h", "flip_v")
     made = {

@@ -33,6 +33,7 @@ MAY_IMPORT["sample"] = MAY_IMPORT["train"] | {"train"}
 MAY_IMPORT["evaluate"] = MAY_IMPORT["sample"] | {"sample", "annotate"}
 OPTIONAL = ["faiss", "PIL", "timm", "tqdm", "tensorboard", "sklearn", "diffusers", "lmdb", "gradio", "torchvision"]
 SPLIT = {
+    "annotate/test_faults.py": "ldm_sg/annotate/pipeline.py",
     "store/test_column.py": "ldm_sg/store/writer.py",
     "store/test_docs.py": "docs/store.md",
     "tools/test_bad_input.py": "ldm_sg/cli.py",

@@ -2,17 +2,23 @@
 
 python tools/annotate.py
 python tools/annotate.py --dataset my_photos/ --clusters 16
+torchrun --nproc-per-node 4 tools/annotate.py --dataset my_photos/
+
+Processes share the work through the store: start as many as there are cores, with torchrun or by hand, on any machines
+that see the folder, at any time.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from ldm_sg import cli
 from ldm_sg.annotate import annotate, summary
 from ldm_sg.config import AnnotateConfig, check, config_path, load_config
 from ldm_sg.data import DATASETS, open_source
+from ldm_sg.store import LEASE_S
 
 STORES = Path("stores")
 
@@ -35,6 +41,13 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--autoencoder", metavar="NAME", help="pixels to latents; default from the configuration")
     made.add_argument("--size", type=int, dest="size_px", metavar="PX", help="side of the cropped square; default 256")
     made.add_argument("--max-bad", type=float, metavar="SHARE", help="share of unreadable images allowed; default 0.1")
+    made.add_argument(
+        "--lease",
+        type=float,
+        default=LEASE_S,
+        metavar="SECONDS",
+        help=f"take over the work of a process that has been silent for so long; default {LEASE_S:g}",
+    )
     return made.parse_args()
 
 
@@ -69,9 +82,12 @@ def main(args: argparse.Namespace) -> None:
     config = configure(args)
     source = open_source(config.dataset)
     out = args.out or STORES / source.name
-    print(f"{source.name}: {len(source.keys)} images" + (f"; {source.notice}" if source.notice else ""))
-    store = annotate(config, source, out)
-    print(summary(store, config))
+    first = os.environ.get("RANK", "0") == "0"  # of those that torchrun started
+    if first:
+        print(f"{source.name}: {len(source.keys)} images" + (f"; {source.notice}" if source.notice else ""))
+    store = annotate(config, source, out, lease_s=args.lease, quiet=not first)
+    if first:
+        print(summary(store, config))
 
 
 if __name__ == "__main__":

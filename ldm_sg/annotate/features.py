@@ -52,6 +52,14 @@ class ExtractorFit(Protocol):
         """Add a batch (B, 3, S, S) in [-1, 1]."""
         ...
 
+    def sums(self) -> dict[str, np.ndarray]:
+        """Return what was added so far; {} where nothing is fitted, and then no image need be added."""
+        ...
+
+    def merge(self, sums: dict[str, np.ndarray]) -> None:
+        """Add what another fit of the same settings has summed."""
+        ...
+
     def finish(self) -> Extractor:
         """Give the extractor."""
         ...
@@ -110,6 +118,13 @@ class PatchQuantilesFit:
     def add(self, x: Tensor) -> None:
         for scale, fit in zip(SCALES, self.fits, strict=True):
             fit.add(at_scale(x, scale))
+
+    def sums(self) -> dict[str, np.ndarray]:
+        return {f"{i}.{name}": t for i, fit in enumerate(self.fits) for name, t in fit.sums().items()}
+
+    def merge(self, sums: dict[str, np.ndarray]) -> None:
+        for i, fit in enumerate(self.fits):
+            fit.merge({n.removeprefix(f"{i}."): t for n, t in sums.items() if n.startswith(f"{i}.")})
 
     def finish(self) -> PatchQuantiles:
         return PatchQuantiles([fit.finish() for fit in self.fits])

@@ -7,6 +7,7 @@ however they are started. For stores that fit the page cache. Format: docs/store
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -147,6 +148,12 @@ class Store:
             rows = np.frombuffer(self._open_shard(shard)[name], out.dtype).reshape(-1, *out.shape[1:])
             out[end - len(rows) : end] = rows
         return out
+
+    def shards(self) -> Iterator[Tensors]:
+        """Give every shard's tensors in row order, read-only and mapped for as long as they are used."""
+        for record in self.manifest["shards"]:
+            tensors, _ = map_tensors(self.folder / record["file"])
+            yield {name: tensors[name] for name in self.manifest["schema"]}
 
     def asset(self, name: str) -> tuple[Tensors, dict[str, str]]:
         """Return an asset's tensors, the caller's own, and its metadata; ValueError if there is none."""

@@ -106,6 +106,15 @@ def test_whole_tensors_and_columns(folder: Path) -> None:
     assert store.latent_std.dtype == np.float32
 
 
+def test_shard_after_shard(folder: Path) -> None:
+    store = Store.open(folder)
+    shards = list(store.shards())
+    assert len(shards) == len(store.manifest["shards"])
+    for name in store.manifest["schema"]:
+        np.testing.assert_array_equal(np.concatenate([shard[name] for shard in shards]), store.read_all(name))
+    assert set(shards[0]) == set(store.manifest["schema"]), "keys left out"
+
+
 def test_column_is_the_callers_own(folder: Path) -> None:
     store = Store.open(folder)
     store.column("k4")[:] = 99
