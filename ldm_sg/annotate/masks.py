@@ -2,7 +2,7 @@
 
 A small head turns each patch's feature into a code. Two codes are drawn together where their features correlate more
 than a shift, and apart where less: inside an image, between images that look alike, between any two. What comes out is
-compact enough that clustering it gives regions. The network itself stays frozen; nothing here knows it.
+compact enough that k-means gives regions. The network that gave the features stays frozen; nothing here knows it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_sg.annotate.kmeans import fit_kmeans
 from ldm_sg.data.masks import MAX_CLASSES
 
 CODE_WIDTH = 70
 CHUNK_ROWS = 4_096  # images compared with all others at once
+CODES_PER_IMAGE, CODES_PER_CLUSTER = 16, 512  # a sample for the clusters; small data sets give fewer
 Dense = Callable[[np.ndarray], Tensor]  # ids (b,) of images -> their features (b, h, w, D), on the device to train on
 
 
@@ -54,7 +56,7 @@ class StegoOptions:
         num_points: points per side that are compared, n x n per image.
         dropout: share of the feature channels left out per image.
         batch_size: images per step, at least 2 (paper, appendix B.4: 64).
-        lr, probe_lr: Adam's learning rates of head and centroids.
+        lr: Adam's learning rate (paper, appendix B.4: 5e-4).
         steps: of training.
     """
 
@@ -65,7 +67,6 @@ class StegoOptions:
     dropout: float = 0.1
     batch_size: int = 64
     lr: float = 5e-4
-    probe_lr: float = 5e-3
     steps: int = 5_000
 
 
@@ -101,7 +102,7 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def centre_spatially(correlations: Tensor) -> Tensor:
-    """Remove from each place of the first image how much it correlates with the second on average; keep the overall mean.
+    """Remove from each place of the first image its mean correlation with the second; keep the overall mean.
 
     Args:
         correlations: (B, h, w, i, j).
@@ -177,10 +178,29 @@ def nearest_images(vectors: Tensor, k: int) -> Tensor:
     return torch.cat(found)
 
 
-def probe_loss(codes: Tensor, centroids: Tensor) -> Tensor:
-    """Cosine k-means: scalar mean over codes (..., d) of minus the cosine to the nearest of the centroids (K, d)."""
-    cosines = F.normalize(codes, dim=-1) @ F.normalize(centroids, dim=-1).T
-    return -cosines.amax(-1).mean()
+def cluster_codes(head: Head, dense: Dense, num_images: int, num_clusters: int, seed: int, batch_size: int) -> Tensor:
+    """Cluster a sample of the codes by their direction.
+
+    Args:
+        head: trained.
+        dense, num_images: as for `fit_masks`.
+        num_clusters: K.
+        seed: of the sample and of the seedings.
+        batch_size: images read at once.
+    Returns:
+        (K, 70) centroids of length 1.
+    Source: STEGO's cluster probe, which minimises the same -mean(max_k cos(code, centroid_k)) with Adam from random
+        centroids; k-means with its seeding gets lower (docs/method.md).
+    """
+    rng = np.random.default_rng(seed)
+    wanted = -(-num_clusters * CODES_PER_CLUSTER // CODES_PER_IMAGE)
+    images, sample = rng.permutation(num_images)[:wanted], []
+    for start in range(0, len(images), batch_size):
+        with torch.inference_mode():
+            codes = F.normalize(head(dense(images[start : start + batch_size]).float()), dim=-1).flatten(1, 2).cpu()
+        sample += [of_image[rng.permutation(len(of_image))[:CODES_PER_IMAGE]] for of_image in codes.numpy()]
+    centroids = fit_kmeans(np.concatenate(sample), num_clusters, seed).centroids
+    return F.normalize(torch.from_numpy(centroids), dim=1)
 
 
 @dataclass(frozen=True)
@@ -189,7 +209,7 @@ class Segmenter:
 
     Attributes:
         head: features to codes.
-        centroids: (K, 70) of the clusters.
+        centroids: (K, 70) of length 1.
     """
 
     head: Head
@@ -211,8 +231,7 @@ class Segmenter:
         if mirrored is not None:
             codes = (codes + self.head(mirrored.float()).flip(2)) / 2
         resized = F.interpolate(codes.permute(0, 3, 1, 2), (cells, cells), mode="bilinear", align_corners=False)
-        cosines = torch.einsum("bdhw,kd->bkhw", resized, F.normalize(self.centroids, dim=1))
-        return cosines.argmax(1).to(torch.uint8)
+        return torch.einsum("bdhw,kd->bkhw", resized, self.centroids).argmax(1).to(torch.uint8)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The weights, for a store to keep."""
@@ -237,7 +256,7 @@ def fit_masks(
     options: StegoOptions | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> Segmenter:
-    """Train STEGO's head, and the cluster probe on its codes.
+    """Train STEGO's head, then cluster its codes.
 
     Args:
         dense: gives the features of images by id, each as often as they are drawn.
@@ -245,43 +264,52 @@ def fit_masks(
         num_clusters: K.
         seed: of initialisation and draws.
         options: of the training.
-        progress: called after each step with the terms of the loss.
+        progress: called after each step with the weighted terms of the loss.
     Returns:
         The segmenter.
     Raises:
         ValueError: if there are too few images, or K does not fit in an index map.
-    Source: Hamilton et al. (2022), STEGO, eq. 5 and section 3.3; paper appendix B.4.
+    Source: Hamilton et al. (2022), STEGO, section 3.3, the sum of three losses; paper appendix B.4.
     """
     options = options or StegoOptions()
     if not 1 <= num_clusters <= MAX_CLASSES:
         raise ValueError(f"got {num_clusters} mask clusters, expected 1 to {MAX_CLASSES}: masks are kept as uint8")
-    neighbours = nearest_images(image_vectors(dense, num_images, options.batch_size), options.num_neighbours)
+    vectors = image_vectors(dense, num_images, options.batch_size)
+    neighbours = nearest_images(vectors, options.num_neighbours).cpu()
     generator = torch.Generator().manual_seed(seed)
-    first = dense(np.arange(1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = Head(first.shape[-1]).to(first.device)
-        centroids = nn.Parameter(torch.randn(num_clusters, CODE_WIDTH).to(first.device))
-    optimiser = torch.optim.Adam(
-        [{"params": head.parameters(), "lr": options.lr}, {"params": [centroids], "lr": options.probe_lr}]
-    )
+        head = Head(vectors.shape[1]).to(vectors.device)
+    optimiser = torch.optim.Adam(head.parameters(), lr=options.lr)
     for _ in range(options.steps):
         ids = torch.randperm(num_images, generator=generator)[: options.batch_size]
         column = torch.randint(options.num_neighbours, (len(ids),), generator=generator)
-        alike = neighbours.cpu()[ids, column]
-        terms = _terms(head, centroids, dense(ids.numpy()), dense(alike.numpy()), options, generator)
+        alike = neighbours[ids, column]
+        terms = loss_terms(head, dense(ids.numpy()), dense(alike.numpy()), options, generator)
         optimiser.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
         optimiser.step()
         if progress:
             progress({name: float(t.detach()) for name, t in terms.items()})
-    return Segmenter(head.requires_grad_(False).eval(), centroids.detach())
+    head.requires_grad_(False).eval()
+    centroids = cluster_codes(head, dense, num_images, num_clusters, seed, options.batch_size)
+    return Segmenter(head, centroids.to(vectors.device))
 
 
-def _terms(
-    head: Head, centroids: Tensor, x: Tensor, alike: Tensor, options: StegoOptions, generator: torch.Generator
+def loss_terms(
+    head: Head, x: Tensor, alike: Tensor, options: StegoOptions, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The weighted terms of the loss for images and one neighbour each, (B, h, w, D) both."""
+    """Compare images with themselves, with one neighbour each, and with others of the batch.
+
+    Args:
+        head: in training.
+        x, alike: (B, h, w, D) features of the images and of their neighbours.
+        options: of the training.
+        generator: draws points, dropped channels and others.
+    Returns:
+        The weighted scalars "self", "knn" and "random", to be summed.
+    Source: STEGO's code; features and both parts of the head have channels of their own dropped.
+    """
     b, n, device = options.balance, options.num_points, x.device
 
     def dropped(maps: Tensor) -> Tensor:
@@ -305,7 +333,6 @@ def _terms(
         "self": b.self_weight * against(features, codes, here, b.self_shift),
         "knn": b.knn_weight * against(other_features, other, there, b.knn_shift),
         "random": b.random_weight * random,
-        "probe": probe_loss(codes.detach(), centroids),
     }
 
 
