@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ldm_sg.data.masks import VOID, crop_index_map, rasterise_boxes
+from ldm_sg.data.masks import crop_index_map, rasterise_boxes
 
 
 def multi_hot_labels(classes: Sequence[Iterable[int]], num_classes: int) -> np.ndarray:
@@ -49,20 +49,13 @@ def box_masks(boxes: Sequence[np.ndarray], sizes: np.ndarray, cells: int) -> np.
     return masks
 
 
-def class_masks(maps: Iterable[np.ndarray], cells: int, merge: np.ndarray | None = None) -> np.ndarray:
+def class_masks(maps: Iterable[np.ndarray], cells: int) -> np.ndarray:
     """Crop and shrink drawn class maps.
 
     Args:
-        maps: of N images, (H, W) uint8 each, the size of the original image.
+        maps: of N images, (H, W) uint8 each, the size of the original image; `VOID` where there is no class.
         cells: h = w, the latents' side.
-        merge: (256,) what each value becomes, `VOID` for none (COCO-Stuff: 182 classes to 27); None keeps the values.
     Returns:
         (N, h, w) uint8 index maps.
-    Raises:
-        ValueError: if the merging has not one entry for each of the 256 values.
     """
-    table = np.arange(256) if merge is None else merge
-    if len(table) != VOID + 1:
-        raise ValueError(f"got {len(table)} entries to merge classes with, expected one for each value 0 to {VOID}")
-    cropped = [crop_index_map(index, cells) for index in maps]
-    return table.astype(np.uint8)[np.array(cropped, np.uint8).reshape(-1, cells, cells)]
+    return np.array([crop_index_map(index, cells) for index in maps], np.uint8).reshape(-1, cells, cells)

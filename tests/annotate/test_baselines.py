@@ -30,19 +30,11 @@ def test_box_masks_hold_every_box() -> None:
     assert masks[0].sum() == 4 * 2 + 3 * 5 and not masks[1:].any()  # the last box is cut off with the left quarter
 
 
-def test_class_masks_crop_and_merge() -> None:
+def test_class_masks_are_cropped() -> None:
     wide = np.full((8, 16), 7, np.uint8)
     wide[:, 4:8] = 3
     tall = np.full((12, 4), VOID, np.uint8)
-    merge = np.full(256, VOID)
-    merge[3], merge[7] = 0, 1
-    masks = class_masks(iter([wide, tall]), 4, merge)
+    masks = class_masks(iter([wide, tall]), 4)
     assert masks.shape == (2, 4, 4) and masks.dtype == np.uint8
-    assert masks[0].tolist() == [[0, 0, 1, 1]] * 4 and (masks[1] == VOID).all()
-    assert class_masks([wide], 4)[0].tolist() == [[3, 3, 7, 7]] * 4
+    assert masks[0].tolist() == [[3, 3, 7, 7]] * 4 and (masks[1] == VOID).all()
     assert class_masks([], 4).shape == (0, 4, 4)
-
-
-def test_incomplete_merging_is_refused() -> None:
-    with pytest.raises(ValueError, match="got 27 entries"):
-        class_masks([np.zeros((4, 4), np.uint8)], 2, np.arange(27))

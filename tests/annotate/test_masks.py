@@ -267,7 +267,10 @@ def test_mirror_images_are_averaged_in(features: Tensor) -> None:
 
 
 def test_impossible_requests_are_refused(features: Tensor) -> None:
-    with pytest.raises(ValueError, match="got 256 mask clusters, expected 1 to 255"):
-        fit_masks(lambda ids: features[torch.from_numpy(ids)], 12, 256, 0)
+    for num_images, num_clusters in ((300, 256), (12, 13), (12, 0)):
+        with pytest.raises(ValueError, match=f"got {num_clusters} mask clusters for {num_images} images.*1 to 255"):
+            fit_masks(lambda ids: features[torch.from_numpy(ids)], num_images, num_clusters, 0)
+    with pytest.raises(ValueError, match="got a batch of 1 for STEGO, expected at least 2"):
+        fit(features, 0, batch_size=1)
     with pytest.raises(ValueError, match="got 7 images for 7 neighbours each, expected at least 8"):
         fit(features[:7], 0)
