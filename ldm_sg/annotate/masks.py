@@ -191,8 +191,8 @@ def cluster_codes(head: Head, dense: Dense, num_images: int, num_clusters: int, 
         batch_size: images read at once.
     Returns:
         (K, 70) centroids of length 1.
-    Source: STEGO's cluster probe, which minimises the same -mean(max_k cos(code, centroid_k)) with Adam from random
-        centroids; k-means with its seeding gets lower (docs/method.md).
+    Source: ours, for STEGO's cluster probe, which minimises -mean(max_k cos(code, centroid_k)) with Adam from random
+        centroids; docs/method.md compares them.
     """
     rng = np.random.default_rng(seed)
     wanted = -(-num_clusters * CODES_PER_CLUSTER // CODES_PER_IMAGE)
