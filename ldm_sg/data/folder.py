@@ -24,7 +24,7 @@ class FolderSource:
         labels: key -> class index for reporting, or None.
         label_names: names of the classes, or None.
         notice: licence line for tools to print, or None.
-        keys: which files, each once; None lists all images. Names that are not UTF-8 keep their bytes (surrogateescape).
+        keys: which files, each once; None lists all images. Names not in UTF-8 keep their bytes (surrogateescape).
     Raises:
         FileNotFoundError: the folder does not exist.
         ValueError: it is a file, or holds no image.

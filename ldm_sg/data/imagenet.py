@@ -23,8 +23,8 @@ def imagenet100_source() -> FolderSource:
     """Open the training images of ImageNet-100.
 
     Returns:
-        Source "imagenet100": the 100 classes below `imagenet100/train/<synset>/`, or below `imagenet/train/<synset>/` where all
-        of ImageNet is. Classes are numbered in the order of their sorted synsets.
+        Source "imagenet100": the 100 classes below `imagenet100/train/<synset>/`, or below
+        `imagenet/train/<synset>/` where all of ImageNet is. Classes are numbered in the order of their sorted synsets.
     Raises:
         FileNotFoundError: there is neither folder, or a class is missing.
     """

@@ -5,6 +5,7 @@ An index is a text of JSON lines: a header with the file's stamp and the number 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -68,10 +69,8 @@ def _save(place: Path, now: str, listed: list[Entry]) -> bool:
         os.replace(unfinished, place)
         return True
     except OSError:
-        try:
+        with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        except OSError:
-            pass
         return False
 
 

@@ -1,8 +1,8 @@
 """LMDB files: where each value lies in `data.mdb`, so that values are read as plain ranges of the file.
 
-Only reading and only what data sets need: the pages of the main database are walked once, in key order. The lmdb package
-maps the whole file into memory, counts every value read towards the process's own memory, and refuses a database
-that the parent of a forked process had open; a data set that never changes needs none of that, no lock and no writer.
+Only reading and only what data sets need: the pages of the main database are walked once, in key order. The lmdb
+package maps the whole file, so that every value read counts as the process's memory, and it refuses a database that
+the parent of a forked process had open. A data set that never changes needs no map, no lock and no writer.
 
 Source: the format of LMDB 0.9 (data version 1), http://www.lmdb.tech/doc/
 """

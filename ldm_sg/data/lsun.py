@@ -14,8 +14,8 @@ def lsun_church_source() -> PackedSource | FolderSource:
     """Open the 126,227 training images of LSUN's church_outdoor.
 
     Returns:
-        Source "lsun_church": the LMDB `church_outdoor_train_lmdb` if it is there (keys of 40 hex digits), else the images
-        below `lsun_church/`, nested or flat, as LSUN's export tool writes them.
+        Source "lsun_church": the LMDB `church_outdoor_train_lmdb` if it is there (keys of 40 hex digits), else the
+        images below `lsun_church/`, nested or flat, as LSUN's export tool writes them.
     Raises:
         FileNotFoundError: neither is there.
     Source: Yu et al. (2015), https://github.com/fyu/lsun

@@ -1,6 +1,6 @@
 """Images inside big files: a key stands for a range of bytes. LMDB, tar shards and array batches are read so.
 
-A range is read with one call and nothing stays open or mapped: memory is that of the keys, and threads and forks are safe.
+A range is read with one call and nothing stays open or mapped: memory is that of the keys; threads and forks are safe.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class PackedSource:
     ) -> None:
         self.name, self.label_names, self.notice = name, label_names, notice
         self._files, self._encode = [str(file) for file in files], encode
-        rows = sorted((key, file, *rest) for file, held in enumerate(entries) for key, *rest in held)
+        rows = [(key, file, *rest) for file, held in enumerate(entries) for key, *rest in held]
+        rows.sort(key=lambda row: row[0])
         if not rows:
             raise ValueError(f"no images in {', '.join(self._files[:3])}")
         self.keys = [row[0] for row in rows]

@@ -49,7 +49,7 @@ def test_imagenet_batches(root, side):
 def test_a_missing_batch_is_named(root):
     imagenet_batches(root, 32)
     (root / "imagenet32" / "train_data_batch_7").unlink()
-    with pytest.raises(FileNotFoundError, match="train_data_batch_7 is missing: .*prepare_data.py --dataset imagenet32"):
+    with pytest.raises(FileNotFoundError, match=r"train_data_batch_7 is missing: .*--dataset imagenet32"):
         open_source("imagenet32")
 
 
@@ -72,7 +72,8 @@ def test_cifar100(root):
     assert list(source.labels().values()) == [9, 0, 2, 99, 4] and source.label_names[99] == "class 99"
     pixels = np.array(decode_rgb(source.read("train/0000003")))
     np.testing.assert_array_equal(pixels, data[3].reshape(3, 32, 32).transpose(1, 2, 0))
-    for wrong, words in [({"data": data}, "no field 'fine_labels'"), ([1, 2], "got list"), ({"fine_labels": [], "data": 3}, "int")]:
+    no_data: dict[str, object] = {"fine_labels": [], "data": 3}
+    for wrong, words in [({"data": data}, "no field 'fine_labels'"), ([1, 2], "got list"), (no_data, "data is int")]:
         (folder / "train").write_bytes(pickle.dumps(wrong, 3))
         with pytest.raises(ValueError, match=words):
             open_source("cifar100")

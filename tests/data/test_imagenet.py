@@ -26,7 +26,10 @@ def test_the_list_is_the_published_one():
     synsets = imagenet100_synsets()
     assert len(synsets) == len(set(synsets)) == 100
     assert (synsets[0], synsets[-1]) == ("n02869837", "n02090622")
-    assert hashlib.sha256("\n".join(synsets).encode()).hexdigest() == "b06db93f7ac2851ef476c162d6c4cbba17197be0269c88005add46486f682cb0"
+    assert (
+        hashlib.sha256("\n".join(synsets).encode()).hexdigest()
+        == "b06db93f7ac2851ef476c162d6c4cbba17197be0269c88005add46486f682cb0"
+    )
 
 
 @pytest.mark.parametrize("place", ["imagenet100", "imagenet"])

@@ -42,7 +42,11 @@ def test_is_made_again_when_the_data_change(data):
     assert load_or_list(data, lister) == ENTRIES and lister.calls == 2
 
 
-@pytest.mark.parametrize("damage", [lambda t: t[:-20], lambda t: "", lambda t: "[1]\n" + t, lambda t: t.rsplit("\n", 2)[0] + "\n"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda t: t[:-20], lambda t: "", lambda t: "[1]\n" + t, lambda t: t.rsplit("\n", 2)[0] + "\n"],
+    ids=["cut", "empty", "other", "a line less"],
+)
 def test_a_damaged_index_is_made_again(data, damage):
     lister = Lister()
     load_or_list(data, lister)

@@ -1,4 +1,4 @@
-"""LMDB: what the lmdb package wrote is listed and read alike, by any number of threads and forks, in constant memory."""
+"""LMDB: what the lmdb package wrote is listed and read alike, by any number of threads and forks."""
 
 from __future__ import annotations
 

@@ -21,8 +21,13 @@ def python2(data: np.ndarray, labels: list[int]) -> bytes:
     """What cPickle of Python 2 wrote (protocol 2): byte strings as BINSTRING, numpy of that time."""
     rows, columns = data.shape
     return (
-        b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85U\x01b\x87Rq\x05"
-        b"(K\x01K" + bytes([rows]) + b"M" + struct.pack("<H", columns) + b"\x86cnumpy\ndtype\nq\x06U\x02u1K\x00K\x01\x87Rq\x07"
+        b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00"
+        b"\x85U\x01b\x87Rq\x05"
+        b"(K\x01K"
+        + bytes([rows])
+        + b"M"
+        + struct.pack("<H", columns)
+        + b"\x86cnumpy\ndtype\nq\x06U\x02u1K\x00K\x01\x87Rq\x07"
         b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
         + struct.pack("<i", data.size)
         + data.tobytes()
@@ -44,7 +49,7 @@ def stored(path: Path, array: StoredArray) -> np.ndarray:
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
 def test_python_3_of_any_protocol(tmp_path, protocol):
-    batch = {"data": DATA, "labels": LABELS, "mean": DATA.astype(np.float64).mean(0), "name": "train", b"x": (1, None, 2.5)}
+    batch = {"data": DATA, "labels": LABELS, "mean": DATA.mean(0), "name": "train", b"x": (1, None, 2.5)}
     path = written(tmp_path / "batch", pickle.dumps(batch, protocol))
     found = load_pickle(path)
     assert found["labels"] == LABELS and found["name"] == "train" and found[b"x"] == (1, None, 2.5)
@@ -54,7 +59,8 @@ def test_python_3_of_any_protocol(tmp_path, protocol):
 
 def test_python_2(tmp_path):
     path = written(tmp_path / "train", python2(DATA, LABELS))
-    assert pickle.loads(path.read_bytes(), encoding="latin1")["fine_labels"] == LABELS, "the hand-made pickle is a true one"
+    truth = pickle.loads(path.read_bytes(), encoding="latin1")
+    assert truth["fine_labels"] == LABELS and (truth["data"] == DATA).all(), "the pickle made by hand is a true one"
     found = load_pickle(path)
     assert found["fine_labels"] == LABELS
     np.testing.assert_array_equal(stored(path, found["data"]), DATA)
@@ -64,7 +70,8 @@ def test_arrays_are_not_loaded(tmp_path):
     """A file with a hole of 8 GiB where the pixels are: reading it all would need that memory."""
     before, after = python2(DATA, LABELS).split(DATA.tobytes())
     head = before[:-5] + b"\x8e" + struct.pack("<Q", 1 << 33)  # BINBYTES8
-    head = head.replace(b"K\x07M" + struct.pack("<H", 3072), b"J" + struct.pack("<i", 1 << 13) + b"J" + struct.pack("<i", 1 << 20))
+    wide = b"J" + struct.pack("<i", 1 << 13) + b"J" + struct.pack("<i", 1 << 20)
+    head = head.replace(b"K\x07M" + struct.pack("<H", 3072), wide)
     with open(tmp_path / "huge", "wb") as file:
         file.write(head)
         file.seek(1 << 33, os.SEEK_CUR)
