@@ -118,7 +118,7 @@ def _fetch_rest(url: str, part: Path, progress: Callable[[int], None]) -> bool:
         return False
     with answer:
         resumed = answer.status == 206
-        if not resumed:
+        if have and not resumed:
             progress(-have)
             have = 0
         length = answer.headers.get("Content-Length")

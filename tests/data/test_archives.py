@@ -163,7 +163,7 @@ def test_sizes_for_people():
 # the tool
 
 
-def test_tool_fetches_says_the_size_first_and_is_done_the_second_time(tool, root, server):
+def test_tool_fetches_says_the_size_first_and_is_done_the_second_time(tool, server):
     server.files["/cocostuff.zip"] = cocostuff()
     done = tool("prepare_data.py", "--dataset", "cocostuff27", "--mirror", server.url)
     assert done.returncode == 0, done.stderr
