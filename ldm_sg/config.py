@@ -48,7 +48,7 @@ RANGES = {  # both ends included; None is let pass
 class AnnotateConfig:
     """Images to store."""
 
-    dataset: str = "elpv"  # a name of ldm_sg.data.DATASETS, or a folder
+    dataset: str = "elpv"  # a name of ldm_sg.data.DATASETS, a path, or a URL
     size_px: int = 256  # side of the square that images are cropped and resized to
     autoencoder: str = "patch-pca"  # a name of ldm_sg.autoencoder.AUTOENCODERS
     patch_px: int = 16  # patch-pca: side of a patch, also the downsampling factor

@@ -99,7 +99,7 @@ def sample_rows(num_rows: int) -> np.ndarray:
 
 def clear_fit(job: Job) -> None:
     """Delete what the fit has left, once the rows are committed."""
-    for path in job.work.glob(f"{job.name}-*.safetensors"):
+    for path in job.work.glob(f"{job.name}-*"):  # of killed processes too
         path.unlink(missing_ok=True)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,24 +81,32 @@ class Job:
         """
         todo = list(range(len(self.shards)))
         with self._bar(stage, len(self.keys)) as bar:
-
-            def take_one() -> bool:
-                for index in [*todo]:  # at the front: finished ones, then those of others, then the first free one
-                    if finished(index):
-                        bar.update(len(self.shards[index]))
-                        todo.remove(index)
-                        continue
-                    with self.leases.take(f"{stage}-{index:05d}") as mine:
-                        if mine and not finished(index):
-                            do(index, self._stream(self.shards[index], bar))
-                            todo.remove(index)
-                        if mine:
-                            return True
-                return False
-
             while todo:
-                if not take_one() and todo:
+                if not self._finish_one(stage, todo, finished, do, bar) and todo:
                     time.sleep(POLL_S)
+
+    def _finish_one(
+        self,
+        stage: str,
+        todo: list[int],
+        finished: Callable[[int], bool],
+        do: Callable[[int, Batches], None],
+        bar: tqdm,
+    ) -> bool:
+        """Finish the first shard that is free and strike it and what others have finished off the list."""
+        for index in [*todo]:  # at the front: finished ones, then those of others, then the first free one
+            if finished(index):
+                bar.update(len(self.shards[index]))
+                todo.remove(index)
+                continue
+            with self.leases.take(f"{stage}-{index:05d}") as mine:
+                if mine and not finished(index):
+                    batches = self._stream(self.shards[index], bar)
+                    _do_unless_done(partial(finished, index), partial(do, index, batches))
+                    todo.remove(index)
+                if mine:
+                    return True
+        return False
 
     def once(self, name: str, finished: Callable[[], bool], do: Callable[[], Any]) -> None:
         """Do something that one process does and the others wait for.
@@ -111,17 +119,9 @@ class Job:
         while not finished():
             with self.leases.take(name) as mine:
                 if mine and not finished():
-                    self._do_unless_done(finished, do)
+                    _do_unless_done(finished, do)
             if not mine:
                 time.sleep(POLL_S)
-
-    @staticmethod
-    def _do_unless_done(finished: Callable[[], bool], do: Callable[[], Any]) -> None:
-        try:
-            do()
-        except FileNotFoundError:
-            if not finished():  # else another process took over, finished it and cleared up behind it
-                raise
 
     def _stream(self, keys: list[str], bar: tqdm) -> Batches:
         for batch in batches(self.source, keys, self.config.size_px, self.config.batch_size, WORKERS):
@@ -130,3 +130,11 @@ class Job:
 
     def _bar(self, stage: str, total: int) -> tqdm:
         return tqdm(total=total, desc=stage, unit=" images", disable=self.quiet)
+
+
+def _do_unless_done(finished: Callable[[], bool], do: Callable[[], Any]) -> None:
+    try:
+        do()
+    except FileNotFoundError:
+        if not finished():  # else another process took over, finished it and cleared up behind it
+            raise

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 LEASE_S = 60.0  # after so long without a sign of life a lease is taken over
 BEATS = 4  # signs of life in that time
@@ -52,22 +52,21 @@ class Leases:
             OSError: the disk is full.
         """
         assert "." not in name, "the number of the lease comes after the dot"
-        path = self._create(name)
-        if path is None:
+        file = self._create(name)
+        if file is None:
             yield False
             return
-        descriptor, stop = os.open(path, os.O_RDONLY), threading.Event()
-        beat = threading.Thread(target=self._renew, args=(descriptor, stop), name=f"lease {name}", daemon=True)
+        stop = threading.Event()
+        beat = threading.Thread(target=self._renew, args=(file.fileno(), stop), name=f"lease {name}", daemon=True)
         beat.start()
         try:
             yield True
         finally:
             stop.set()
             beat.join()
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # nobody has taken it over
-                    path.unlink()
-            os.close(descriptor)
+            with file, suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):  # nobody has taken it over
+                    os.unlink(file.name)
 
     def sweep(self) -> None:
         """Delete what dead processes left."""
@@ -75,20 +74,24 @@ class Leases:
             if self._expired(path):
                 path.unlink(missing_ok=True)
 
-    def _create(self, name: str) -> Path | None:
+    def _create(self, name: str) -> TextIO | None:
         """Make the next file of a name, if the last one has expired: of several who try, one succeeds."""
         files = sorted(self.folder.glob(f"{name}.*.lease"), key=_number)
         if files and not self._expired(files[-1]):
             return None
         path = self.folder / f"{name}.{_number(files[-1]) + 1 if files else 1}.lease"
         try:
-            with open(path, "x") as file:
-                json.dump({**_identity(), "seconds": self.seconds}, file)
+            file = open(path, "x")  # noqa: SIM115 (held as long as the lease)
+            file.write(json.dumps({**_identity(), "seconds": self.seconds}))
+            file.flush()
         except FileExistsError:
             return None
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise OSError(error.errno, f"cannot write {path} ({error.strerror}): run the same command again") from None
         for old in files:
             old.unlink(missing_ok=True)
-        return path
+        return file
 
     def _renew(self, descriptor: int, stop: threading.Event) -> None:
         while not stop.wait(self.seconds / BEATS):

@@ -30,6 +30,10 @@ DIE_AT = [("os:utime", 1), ("os:fsync", 1), ("os:fsync", 8), ("os:replace", 6), 
 DIE_AT += [("ldm_sg.annotate.pipeline:fit_kmeans", 1)]
 IN_A_SHARD = ("ldm_sg.annotate.pipeline:encode_batch", 1)
 
+# when a shard's sums get their name, between two shards' sums, in a shard, in the commit, before the column
+FREEZE_AT = [("os:replace", 1), ("ldm_sg.annotate.fitting:map_tensors", 8), IN_A_SHARD]
+FREEZE_AT += [(f"ldm_sg.annotate.pipeline:{name}", 1) for name in ("fit_projection", "write_column")]
+
 RESTARTED = """
 import json, os, runpy, signal, sys
 from pathlib import Path
@@ -100,8 +104,7 @@ def test_killed_then_the_same_command(
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / "store") == content(tiny_store.folder)
     assert left.items() <= shards(tmp_path / "store").items(), "finished shards are adopted"
-    assert not list((tmp_path / "store" / "work").glob("*.safetensors"))
-    assert not list((tmp_path / "store" / "work").glob("*.lease"))
+    assert not list((tmp_path / "store" / "work").iterdir())
 
 
 def stage(store: Path) -> str:
@@ -160,28 +163,17 @@ def test_a_killed_process_is_replaced_at_once(
     assert content(tmp_path / "store") == content(tiny_store.folder)
 
 
+@pytest.mark.parametrize("place", FREEZE_AT, ids=lambda place: f"{place[0].split(':')[1]}-{place[1]}")
 def test_a_frozen_process_loses_its_lease(
-    tools: Any, command: tuple, configs: Path, tmp_path: Path, tiny_store: Store
+    place: tuple[str, int], tools: Any, command: tuple, configs: Path, tmp_path: Path, tiny_store: Store
 ) -> None:
-    """The frozen one goes on only when the other has ended, and then does no harm."""
-    frozen, other = tools(
-        (*command, "--lease", 0.5, {"configs": configs, "stop_at": IN_A_SHARD}), (*command, {"configs": configs})
-    )
-    assert (frozen.returncode, other.returncode) == (0, 0), frozen.stderr + other.stderr
-    assert content(tmp_path / "store") == content(tiny_store.folder)
-    assert not list((tmp_path / "store" / "work").iterdir())
-
-
-def test_a_process_frozen_in_the_fit(
-    tools: Any, command: tuple, configs: Path, tmp_path: Path, tiny_store: Store
-) -> None:
-    """It comes back when its part of the fit is done by another, and cleared up."""
-    place = ("ldm_sg.annotate.fitting:map_tensors", 5)
+    """The frozen one goes on only when the other has done everything and cleared up, and then does no harm."""
     frozen, other = tools(
         (*command, "--lease", 0.5, {"configs": configs, "stop_at": place}), (*command, {"configs": configs})
     )
     assert (frozen.returncode, other.returncode) == (0, 0), frozen.stderr + other.stderr
     assert content(tmp_path / "store") == content(tiny_store.folder)
+    assert not list((tmp_path / "store" / "work").iterdir())
 
 
 def test_columns_of_two_annotators_both_land(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import sys
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -16,6 +18,7 @@ from PIL import Image
 from ldm_sg.data import archives
 from ldm_sg.data.archives import ARCHIVES, BY_HAND, Archive, check_room, gigabytes, pending, prepare
 from ldm_sg.data.sources import DATASETS, open_source
+from ldm_sg.store import Store
 
 
 def image(colour: str, file_format: str = "JPEG") -> bytes:
@@ -183,6 +186,18 @@ def test_tool_refuses_in_one_line(tool, server, dataset, words):
     done = tool("prepare_data.py", "--dataset", dataset, "--mirror", server.url)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system of plain bytes")
+def test_annotating_names_that_are_not_utf8(tool, image_folder, tmp_path):
+    with open(os.fsencode(image_folder) + b"/0_caf\xe9.png", "wb") as file:
+        file.write(b"no image")
+    os.rename(os.fsencode(image_folder / "part0" / "0_stripes.jpg"), os.fsencode(image_folder) + b"/\xe9.jpg")
+    done = tool("annotate.py", "--dataset", image_folder, "--size", 64, "--clusters", 3)
+    assert done.returncode == 0, done.stderr
+    assert r"quarantined 1 images (listed in the manifest), the first: 0_caf\udce9.png: " in done.stdout
+    keys = Store.open(tmp_path / "stores" / "images").keys
+    assert len(keys) == 24 and "\udce9.jpg" in keys
 
 
 def test_annotating_missing_data_names_folder_and_command(tool):
