@@ -165,6 +165,12 @@ class Store:
             out[start:end] = self._open_shards([shard])[shard].read(name)
         return out
 
+    def shards(self) -> Iterator[Tensors]:
+        """Give every shard's tensors in row order, read-only and mapped for as long as they are used."""
+        for record in self.manifest["shards"]:
+            with self._mapped(record) as (tensors, _):
+                yield {name: tensors[name] for name in self.manifest["schema"]}
+
     def asset(self, name: str) -> tuple[Tensors, dict[str, str]]:
         """Return an asset's tensors, the caller's own, and its metadata; ValueError if there is none."""
         if name not in self.manifest["assets"]:
