@@ -116,7 +116,7 @@ def collect(args: argparse.Namespace) -> None:
 def write_table(args: argparse.Namespace) -> None:
     to, path = args.to
     store = Store.open(args.store, args.generation)
-    with tqdm(total=store.num_rows, desc="export", unit=" rows") as bar:
+    with tqdm(total=store.num_rows, desc="export", unit=" rows", delay=0.5) as bar:
         export.export(store, Path(path), to, bar.update)
     print(path)
 

@@ -1,6 +1,6 @@
 """The store: what annotation writes and training reads; its format is docs/store.md.
 
-Read in this order: format, manifest, writer, reader, verify.
+Read in this order: format, manifest, writer, reader (files, remote, shards), verify, gc, export.
 """
 
 from __future__ import annotations

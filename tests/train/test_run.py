@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -68,7 +69,8 @@ def test_another_configuration_is_refused_by_field(
 
 @pytest.mark.parametrize("field", ["job", "generation"])
 def test_another_store_is_refused(field: str, run: Run, tiny_config: Config, tiny_store: Store) -> None:
-    other = Store(tiny_store.folder, {**tiny_store.manifest, field: 99})
+    other = copy.copy(tiny_store)
+    other.manifest = {**tiny_store.manifest, field: 99}
     with pytest.raises(ValueError, match=f"run first differs in store {field}: .* != 99: .*--run NEW"):
         resume_or_create(run.path, tiny_config, other)
 
