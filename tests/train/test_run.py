@@ -153,3 +153,13 @@ def test_missing_checkpoint(run: Run) -> None:
     (run.path / "latest").write_text("step-00000004\n")
     with pytest.raises(FileNotFoundError, match="latest names 'step-00000004', expected one of the checkpoints"):
         run.latest()
+
+
+def test_run_of_a_store_at_a_url(
+    tiny_store: Store, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDM_SG_CACHE", str(tmp_path / "cache"))
+    url = f"file://{tiny_store.folder}"
+    run = resume_or_create(tmp_path / "run", tiny_config, Store.open(url))
+    assert run.facts == replace(facts_of(tiny_store, None), store=url)
+    assert resume_or_create(run.path, tiny_config, Store.open(url)).facts == run.facts
