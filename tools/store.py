@@ -68,6 +68,7 @@ def fields(about: dict[str, Any], indent: str) -> Iterator[str]:
 
 
 def info(args: argparse.Namespace) -> None:
+    """Print what a generation holds and where it comes from."""
     store = Store.open(args.store, args.generation)
     manifest, bad = store.manifest, store.manifest.get("quarantine", {"count": 0, "images": []})
     total = sum(record["bytes"] for record in file_records(manifest))
@@ -89,6 +90,7 @@ def info(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
+    """Print one line for each problem and exit with 2, or say that there is none."""
     files = open_files(args.store)
     manifest = files.manifest(args.generation)
     records = list(file_records(manifest))
@@ -101,6 +103,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def collect(args: argparse.Namespace) -> None:
+    """Print what can go and, if told, delete it."""
     if is_url(args.store):
         raise ValueError(f"got {args.store}, expected a folder: gc deletes local files only")
     act = gc.collect if args.delete else gc.leftovers
@@ -114,6 +117,7 @@ def collect(args: argparse.Namespace) -> None:
 
 
 def write_table(args: argparse.Namespace) -> None:
+    """Write a table and print its path."""
     to, path = args.to
     store = Store.open(args.store, args.generation)
     with tqdm(total=store.num_rows, desc="export", unit=" rows", delay=0.5) as bar:
