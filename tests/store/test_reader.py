@@ -166,6 +166,16 @@ def test_forked_process_reads_the_same_rows(folder: Path) -> None:
     assert (run.returncode, run.stderr) == (0, "")
 
 
+def test_reading_needs_numpy_alone(folder: Path) -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'fsspec', 'pyarrow', 'lance', 'tqdm', 'omegaconf']))\n"
+    )
+    code += "import ldm_sg.store.gc, ldm_sg.store.export\nfrom ldm_sg.store import Store\n"
+    code += "assert Store.open(sys.argv[1]).read(['label'], [4])['label'] == [1]"
+    run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def test_pickle_is_small_and_pins_the_generation(folder: Path) -> None:
     store = Store.open(folder)
     store.read_all("latent")
