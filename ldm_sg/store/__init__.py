@@ -1,6 +1,6 @@
 """The store: what annotation writes and training reads; its format is docs/store.md.
 
-Read in this order: format, manifest, writer, reader, verify, lease.
+Read in this order: format, manifest, writer, lease, reader (files, remote, shards), verify, gc, export.
 """
 
 from __future__ import annotations
