@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ldm_sg.annotate.features import FEATURES, Extractor, load_features
-from ldm_sg.annotate.kmeans import ITERATIONS, RESTARTS, engine, fit_kmeans
-from ldm_sg.annotate.projection import Projection, fit_projection
+from ldm_sg.annotate.features import Extractor, fit_features, load_features
+from ldm_sg.annotate.kmeans import engine, fit_kmeans, settings
+from ldm_sg.annotate.projection import Projection, fit_projection, normalisation
 from ldm_sg.annotate.quality import normalised_mutual_information
 from ldm_sg.annotate.views import LATENT_NOISE, crop_views, decoded_views
 from ldm_sg.autoencoder import FITS, Autoencoder, load_autoencoder
@@ -94,7 +94,7 @@ def fit_encoders(config: AnnotateConfig, source: ImageSource, keys: list[str], c
             load_autoencoder(config.autoencoder, _part(tensors, "autoencoder.")),
             load_features(config.features, _part(tensors, "features.")),
         )
-    autoencoder, features = FITS[config.autoencoder](config), FEATURES[config.features](config.size_px)
+    autoencoder, features = FITS[config.autoencoder](config), fit_features(config.features, config.size_px)
     bad = []
     for batch in _stream(config, source, keys, "fit"):
         autoencoder.add(batch["x"])
@@ -166,8 +166,10 @@ def commit_rows(
     _check_count(num_rows, config)
     raw = np.concatenate([tensors["feature"] for _, tensors in finished])
     mean, std = latent_statistics((t["latent"] for _, t in finished), encoders.autoencoder.channels)
-    views = view_features(config, source, [key for keys, _ in finished for key in keys], encoders, std)
-    projection = fit_projection(raw, views)
+    projection = normalisation(raw.shape[1])
+    if encoders.features.projected:
+        views = view_features(config, source, [key for keys, _ in finished for key in keys], encoders, std)
+        projection = fit_projection(raw, views)
     writer.add_asset("autoencoder", encoders.autoencoder.tensors(), {"name": config.autoencoder})
     weights = {
         **encoders.features.tensors(),
@@ -182,6 +184,7 @@ def commit_rows(
         "autoencoder": config.autoencoder,
         "autoencoder_id": encoders.autoencoder.id,
         "features": config.features,
+        "features_definition": encoders.features.definition,
         "num_keys": total,
     }
     writer.commit(num_shards, {"latent": {"mean": mean.tolist(), "std": std.tolist()}, "provenance": provenance})
@@ -272,8 +275,7 @@ def add_clusters(store: Store, config: AnnotateConfig, k: int) -> Store:
         "algorithm": "k-means",
         "num_clusters": k,
         "seed": config.seed,
-        "iterations": ITERATIONS,
-        "restarts": RESTARTS,
+        **settings(k),
         "features": store.manifest["assets"]["features"]["sha256"],
         "normalised": "L2",
     }
