@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import annotate_config
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from ldm_sg.annotate import annotate, backbones
 from ldm_sg.annotate.annotator import Annotator
 from ldm_sg.annotate.backbones import Backbone, load_backbone
 from ldm_sg.annotate.features import fit_features, load_features
+from ldm_sg.config import AnnotateConfig
 from ldm_sg.data import open_source
 
 ARGUMENTS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -51,11 +51,10 @@ def save_vit(folder: Path, **arguments: Any) -> torch.nn.Module:
 
 
 def save_msn(folder: Path) -> torch.nn.Module:
-    from transformers import ViTMSNConfig, ViTMSNModel
-
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    network = ViTMSNModel(ViTMSNConfig(**size, image_size=32, patch_size=8)).eval()
+    network = transformers.ViTMSNModel(transformers.ViTMSNConfig(**size, image_size=32, patch_size=8)).eval()
     network.save_pretrained(folder)
     normalisation = {"image_mean": CONFIG["mean"], "image_std": CONFIG["std"]}
     (folder / "preprocessor_config.json").write_text(json.dumps(normalisation))
@@ -196,7 +195,8 @@ def test_other_weights_than_the_stores_are_refused(tmp_path: Path, images: Tenso
 def test_store_from_a_checkpoint(tmp_path: Path, image_folder: Path) -> None:
     save_vit(tmp_path / "vit")
     source, name = open_source(str(image_folder)), str(tmp_path / "vit")
-    store = annotate(annotate_config(image_folder, features=name), source, tmp_path / "store")
+    config = AnnotateConfig(str(image_folder), size_px=64, clusters=[3], shard_rows=8, batch_size=4, features=name)
+    store = annotate(config, source, tmp_path / "store")
     about = store.manifest["provenance"]
     assert about["features"] == name and about["features_definition"]["size_px"] == 32
     weights, _ = store.asset("features")
