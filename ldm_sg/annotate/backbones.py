@@ -81,7 +81,7 @@ class Backbone:
         Source: Siméoni et al. (2021), LOST, section 3.1.
         """
         found: list[Tensor] = []
-        layers = [m for name, m in self.network.named_modules() if name.endswith((".qkv", ".k_proj")) and m is not None]
+        layers = [m for name, m in self.network.named_modules() if name.endswith((".qkv", ".k_proj"))]
         if layers:
             hook = layers[-1].register_forward_hook(lambda module, inputs, output: found.append(output))
             self._run(self.network.forward_features, x)
@@ -117,16 +117,29 @@ class Backbone:
 
 
 class Pretrained:
-    """The `ExtractorFit` of a network that is there already."""
+    """The `ExtractorFit` of a network that was trained before.
 
-    def __init__(self, backbone: Backbone):
-        self.backbone = backbone
+    Args:
+        name: as `load_backbone` takes it.
+    Raises:
+        FileNotFoundError, ValueError: at once, if there are no such weights.
+    """
+
+    def __init__(self, name: str):
+        find_weights(name)
+        self.name = name
 
     def add(self, x: Tensor) -> None:
         """Learn nothing from a batch."""
 
+    def sums(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def merge(self, sums: dict[str, np.ndarray]) -> None:
+        """Learn nothing from another fit."""
+
     def finish(self) -> Backbone:
-        return self.backbone
+        return load_backbone(self.name)
 
 
 class HuggingFaceViT(nn.Module):

@@ -158,7 +158,7 @@ def fit_features(name: str, size_px: int) -> ExtractorFit:
         ValueError: for an unknown name, or images that are too small.
         FileNotFoundError: for weights that are not on this machine and cannot be fetched.
     """
-    return FEATURES[name](size_px) if name in FEATURES else Pretrained(load_backbone(name))
+    return FEATURES[name](size_px) if name in FEATURES else Pretrained(name)
 
 
 def load_features(name: str, tensors: dict[str, np.ndarray]) -> Extractor:

@@ -20,6 +20,7 @@ from ldm_sg.annotate.features import Extractor, fit_features, load_features
 from ldm_sg.annotate.kmeans import engine, fit_kmeans, settings
 from ldm_sg.annotate.projection import Projection, fit_projection, normalisation
 from ldm_sg.annotate.quality import normalised_mutual_information
+from ldm_sg.annotate.rows import ProjectedRows
 from ldm_sg.annotate.views import LATENT_NOISE, crop_views, decoded_views
 from ldm_sg.autoencoder import FITS, Autoencoder, load_autoencoder
 from ldm_sg.config import AnnotateConfig
@@ -282,8 +283,7 @@ def add_clusters(store: Store, config: AnnotateConfig, k: int) -> Store:
     if has_column(store.manifest, name, "cluster", provenance):
         return store
     began = time.perf_counter()
-    features = stored_projection(store)(store.read_all("feature"))
-    clusters = fit_kmeans(features, k, config.seed)
+    clusters = fit_kmeans(ProjectedRows(store, stored_projection(store)), k, config.seed)
     report = {
         "inertia": clusters.inertia,
         "sizes": clusters.sizes.tolist(),
