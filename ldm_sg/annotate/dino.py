@@ -7,10 +7,10 @@ Every step is a function of (images, recipe, step): a training that was stopped 
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,24 +63,18 @@ class Training:
     Args:
         recipe: what to train.
     Raises:
-        ValueError: if timm or lightly is missing.
+        ValueError: if lightly is missing.
     Source: Caron et al. (2021), DINO, algorithm 1; loss and heads are lightly's.
     """
 
     def __init__(self, recipe: Recipe):
         try:
-            import timm
             from lightly.loss import DINOLoss
-            from lightly.models.modules import DINOProjectionHead
         except ImportError as error:
             raise ValueError(f"training features needs {error.name}: pip install 'ldm_sg[features]'") from error
         self.recipe, self.device, self.step = recipe, choose_device(), 0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            backbone = timm.create_model(ARCHITECTURE, num_classes=0, dynamic_img_size=True, **recipe.network())
-            head = DINOProjectionHead(recipe.width, HIDDEN, BOTTLENECK, PROTOTYPES)
-        self.student = nn.Sequential(backbone, head).to(self.device)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.student, self.teacher = (_network(recipe).to(self.device) for _ in range(2))
+        self.teacher.requires_grad_(False)
         self.loss = DINOLoss(PROTOTYPES).to(self.device)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), weight_decay=recipe.weight_decay)
 
@@ -142,6 +136,17 @@ class Training:
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
         self.step = state["step"]
+
+
+def _network(recipe: Recipe) -> nn.Sequential:
+    import timm
+    from lightly.models.modules import DINOProjectionHead
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch: lightly's head has its older weight_norm
+        torch.manual_seed(recipe.seed)
+        backbone = timm.create_model(ARCHITECTURE, num_classes=0, dynamic_img_size=True, **recipe.network())
+        return nn.Sequential(backbone, DINOProjectionHead(recipe.width, HIDDEN, BOTTLENECK, PROTOTYPES))
 
 
 def train_backbone(source: ImageSource, out: Path, recipe: Recipe) -> list[float]:
