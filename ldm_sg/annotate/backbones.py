@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ldm_sg.hardware import autocast, choose_device, choose_dtype
@@ -193,7 +194,13 @@ def load_backbone(name: str, tensors: dict[str, np.ndarray] | None = None) -> Ba
             network, size_px, mean, std = _from_timm(file, settings)
     except ImportError as error:
         raise ValueError(f"features {name} need {error.name}: pip install 'ldm_sg[features]', {WAY_ON}") from error
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:  # what the libraries raise for a wrong file
+    except (
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        SafetensorError,
+    ) as error:  # what the libraries raise for a wrong file
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{file}: cannot be loaded as {settings.get('architecture', name)}: {reason}") from error
     return Backbone(network, size_px, mean, std, {"name": name, "file": file.name, "sha256": sha256})
@@ -254,8 +261,7 @@ def _timm_name(name: str) -> str | None:
 
 def _from_hub(repository: str, files: tuple[str, ...], place: Path) -> Path:
     """Take the first of several files from the hub's cache, else fetch it; say what to put where if that fails."""
-    import httpx
-    from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, errors, file_exists, hf_hub_download, try_to_load_from_cache
 
     for file in files:
         cached = try_to_load_from_cache(repository, file)
@@ -267,7 +273,7 @@ def _from_hub(repository: str, files: tuple[str, ...], place: Path) -> Path:
         _reach(constants.ENDPOINT)
         file = next((file for file in files if file_exists(repository, file)), files[0])
         return Path(hf_hub_download(repository, file, etag_timeout=REACH_S))
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, errors.HTTPError) as error:
         source, reason = (
             f"{constants.ENDPOINT}/{repository}/resolve/main/{files[0]}",
             " ".join(str(error).split())[:160],
