@@ -1,4 +1,4 @@
-"""Self-distillation: it learns, goes on where it was stopped, and what it saves is a backbone."""
+"""Self-distillation goes on where it was stopped, and what it saves is a backbone; what it learns is not tested here."""
 
 from __future__ import annotations
 
@@ -69,14 +69,6 @@ def test_saved_teacher_is_a_backbone(image_folder: Path, tmp_path: Path) -> None
     with torch.no_grad():
         torch.testing.assert_close(found.extract(x), training.teacher[0].eval()(x))
     assert found.patch_px == 8 and found.dense(x).shape == (3, 4, 4, 24)
-
-
-def test_loss_falls_and_images_stay_apart(image_folder: Path, tmp_path: Path) -> None:
-    losses = train_backbone(open_source(str(image_folder)), tmp_path, replace(TINY, steps=60, lr=2e-3))
-    assert sum(losses[-10:]) < 0.97 * sum(losses[:10])
-    x = torch.rand(8, 3, 32, 32) * torch.linspace(0.1, 2, 8).view(-1, 1, 1, 1) - 1
-    features = torch.nn.functional.normalize(load_backbone(str(tmp_path)).extract(x), dim=1)
-    assert (features @ features.T).min() < 0.99
 
 
 def test_unreadable_folder_is_refused(tmp_path: Path) -> None:
