@@ -1,4 +1,4 @@
-"""Self-distillation goes on where it was stopped, and what it saves is a backbone; what it learns is not tested here."""
+"""Self-distillation goes on where it was stopped and saves a backbone; what it learns is not tested here."""
 
 from __future__ import annotations
 
