@@ -20,7 +20,6 @@ CONFIG_ROOT = Path(__file__).resolve().parents[1] / "configs"
 
 CHOICES = {
     "annotate.autoencoder": ("patch-pca", "identity"),
-    "annotate.features": ("patch-quantiles",),
     "diffusion.parameterisation": ("eps", "v", "edm"),
     "diffusion.schedule": ("linear", "scaled_linear", "cosine", "edm"),
     "diffusion.loss": ("l2", "l1"),
@@ -53,7 +52,7 @@ class AnnotateConfig:
     autoencoder: str = "patch-pca"  # a name of ldm_sg.autoencoder.AUTOENCODERS
     patch_px: int = 16  # patch-pca: side of a patch, also the downsampling factor
     latent_channels: int = 16  # patch-pca: components kept per patch
-    features: str = "patch-quantiles"  # a name of ldm_sg.annotate.FEATURES
+    features: str = "patch-quantiles"  # that, a timm or Hugging Face name, or a checkpoint (annotate/backbones.py)
     clusters: list[int] = field(default_factory=lambda: [32])  # K; several give several columns
     column: str | None = None  # to train on; None takes the newest cluster column
     seed: int = 0  # of k-means

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ldm_sg import cli
 from ldm_sg.annotate import annotate, summary
+from ldm_sg.annotate.features import FEATURES
 from ldm_sg.config import AnnotateConfig, check, config_path, load_config
 from ldm_sg.data import DATASETS, open_source
 from ldm_sg.store import LEASE_S
@@ -38,7 +39,9 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--column", help="name of the cluster column; default k<K>")
     made.add_argument("--limit", type=int, metavar="N", help="use only the first N images")
     made.add_argument("--seed", type=int, help="of k-means; default 0")
-    made.add_argument("--features", metavar="NAME", help="what is clustered; default from the data set's configuration")
+    made.add_argument(
+        "--features", metavar="NAME", help="patch-quantiles, a timm or Hugging Face name, or a checkpoint"
+    )
     made.add_argument("--autoencoder", metavar="NAME", help="pixels to latents; default from the configuration")
     made.add_argument("--size", type=int, dest="size_px", metavar="PX", help="side of the cropped square; default 256")
     made.add_argument("--max-bad", type=float, metavar="SHARE", help="share of unreadable images allowed; default 0.1")
@@ -71,6 +74,8 @@ def configure(args: argparse.Namespace) -> AnnotateConfig:
             setattr(config.annotate, name, getattr(args, name))
     if args.dataset not in DATASETS and Path(args.dataset).expanduser().exists():
         config.annotate.dataset = str(Path(args.dataset).expanduser().resolve())
+    if config.annotate.features not in FEATURES and Path(config.annotate.features).expanduser().exists():
+        config.annotate.features = str(Path(config.annotate.features).expanduser().resolve())
     if args.column and len(config.annotate.clusters) > 1:
         raise ValueError(
             f"got --column {args.column} for {len(config.annotate.clusters)} values of --clusters, expected one"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_sg.annotate.features import FEATURES, Extractor, ExtractorFit, load_features
+from ldm_sg.annotate.features import Extractor, ExtractorFit, fit_features, load_features
 from ldm_sg.annotate.job import Batches, Job
 from ldm_sg.autoencoder import FITS, Autoencoder, Fit, load_autoencoder
 from ldm_sg.config import AnnotateConfig
@@ -49,7 +49,7 @@ class EncoderFits:
     @classmethod
     def start(cls, config: AnnotateConfig) -> EncoderFits:
         """Make fits that have seen nothing."""
-        return cls(FITS[config.autoencoder](config), FEATURES[config.features](config.size_px))
+        return cls(FITS[config.autoencoder](config), fit_features(config.features, config.size_px))
 
     def sums(self) -> Tensors:
         """Return the sums of both; {} if neither is fitted."""

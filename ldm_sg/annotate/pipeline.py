@@ -20,9 +20,10 @@ import torch
 
 from ldm_sg.annotate.fitting import Encoders, clear_fit, fit_encoders, sample_rows
 from ldm_sg.annotate.job import Batches, Job
-from ldm_sg.annotate.kmeans import ITERATIONS, RESTARTS, Clusters, engine, fit_kmeans
-from ldm_sg.annotate.projection import Projection, feature_moments, fit_projection
+from ldm_sg.annotate.kmeans import engine, fit_kmeans, settings
+from ldm_sg.annotate.projection import Projection, feature_moments, fit_projection, normalisation
 from ldm_sg.annotate.quality import normalised_mutual_information
+from ldm_sg.annotate.rows import ProjectedRows
 from ldm_sg.annotate.views import LATENT_NOISE, crop_views, decoded_views
 from ldm_sg.config import AnnotateConfig
 from ldm_sg.data import ImageSource
@@ -139,7 +140,9 @@ def commit_rows(job: Job, encoders: Encoders) -> None:
     _check_count(num_rows, config)
     mean, std = latent_statistics(_shards_of(writer, num_shards, "latent"), encoders.autoencoder.channels)
     moments = feature_moments(_shards_of(writer, num_shards, "feature"))
-    projection = fit_projection(moments, *view_features(job, encoders, std))
+    projection = normalisation(len(moments.total))
+    if encoders.features.projected:
+        projection = fit_projection(moments, *view_features(job, encoders, std))
     writer.add_asset("autoencoder", encoders.autoencoder.tensors(), {"name": config.autoencoder})
     weights = {
         **encoders.features.tensors(),
@@ -154,6 +157,7 @@ def commit_rows(job: Job, encoders: Encoders) -> None:
         "autoencoder": config.autoencoder,
         "autoencoder_id": encoders.autoencoder.id,
         "features": config.features,
+        "features_definition": encoders.features.definition,
         "num_keys": len(job.keys),
     }
     writer.commit(num_shards, {"latent": {"mean": mean.tolist(), "std": std.tolist()}, "provenance": provenance})
@@ -248,8 +252,7 @@ def add_clusters(job: Job, k: int) -> None:
         "algorithm": "k-means",
         "num_clusters": k,
         "seed": job.config.seed,
-        "iterations": ITERATIONS,
-        "restarts": RESTARTS,
+        **settings(k),
         "features": read_manifest(folder)["assets"]["features"]["sha256"],
         "normalised": "L2",
     }
@@ -263,7 +266,8 @@ def add_clusters(job: Job, k: int) -> None:
 def write_clusters(store: Store, name: str, provenance: dict[str, Any]) -> int:
     """Cluster the features of a store as `provenance` says, and add the column; returns the generation that has it."""
     began = time.perf_counter()
-    clusters = cluster(store, provenance["num_clusters"], provenance["seed"])
+    rows = ProjectedRows(store, stored_projection(store))
+    clusters = fit_kmeans(rows, provenance["num_clusters"], provenance["seed"])
     report = {
         "inertia": clusters.inertia,
         "sizes": clusters.sizes.tolist(),
@@ -277,17 +281,6 @@ def write_clusters(store: Store, name: str, provenance: dict[str, Any]) -> int:
     record = write_asset(store.folder, f"clusters-{name}", {"centroids": clusters.centroids}, {"column": name})
     assets = {f"clusters-{name}": record}
     return write_column(store, name, clusters.labels, "cluster", provenance, report, assets)
-
-
-def cluster(store: Store, k: int, seed: int) -> Clusters:
-    """Cluster the projected features of a store, in row order."""
-    return fit_kmeans(np.concatenate(list(projected_features(store))), k, seed)
-
-
-def projected_features(store: Store) -> Iterator[np.ndarray]:
-    """Give what k-means compares shard by shard: (n, d) float32, rows of length 1."""
-    projection = stored_projection(store)
-    return (projection(shard["feature"]) for shard in store.shards())
 
 
 def stored_projection(store: Store) -> Projection:

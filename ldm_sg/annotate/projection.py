@@ -25,7 +25,7 @@ class Projection:
 
     Attributes:
         mean: (D,) float32 of the raw features.
-        basis: (D, d) float32; standardisation, rotation and scaling in one matrix.
+        basis: (D, d) float32; standardisation, rotation and scaling in one matrix. (D,) only scales.
     """
 
     mean: np.ndarray
@@ -39,7 +39,8 @@ class Projection:
         Returns:
             (N, d) float32 rows of length 1; what k-means is fitted and assigned on.
         """
-        y = (raw.astype(np.float32) - self.mean) @ self.basis
+        y = raw.astype(np.float32) - self.mean
+        y = y * self.basis if self.basis.ndim == 1 else y @ self.basis
         return y / np.maximum(np.linalg.norm(y, axis=1, keepdims=True), 1e-12)
 
 
@@ -70,6 +71,11 @@ def feature_moments(shards: Iterable[np.ndarray]) -> Moments:
         x = torch.from_numpy(rows.astype(np.float64))
         count, total, products = count + len(x), total + x.sum(0), products + x.T @ x
     return Moments(count, total, products)
+
+
+def normalisation(width: int) -> Projection:
+    """Give the projection that only L2-normalises features of D = `width`: for `Extractor.projected` = False."""
+    return Projection(np.zeros(width, np.float32), np.ones(width, np.float32))
 
 
 def fit_projection(

@@ -14,7 +14,8 @@ from ldm_sg.annotate import annotate, pipeline
 from ldm_sg.annotate.features import FEATURES
 from ldm_sg.annotate.features import LOADERS as FEATURE_LOADERS
 from ldm_sg.annotate.kmeans import fit_kmeans
-from ldm_sg.annotate.pipeline import latent_statistics, projected_features
+from ldm_sg.annotate.pipeline import latent_statistics, stored_projection
+from ldm_sg.annotate.rows import ProjectedRows
 from ldm_sg.autoencoder import FITS, LOADERS, load_autoencoder
 from ldm_sg.config import CHOICES, AnnotateConfig
 from ldm_sg.data import FolderSource, load_images, open_source, to_model_range
@@ -70,7 +71,7 @@ def test_statistics_count_the_variance_of_the_moments() -> None:
 
 
 def test_column_is_k_means_of_the_projected_features(tiny_store: Store) -> None:
-    features = np.concatenate(list(projected_features(tiny_store)))
+    features = ProjectedRows(tiny_store, stored_projection(tiny_store))[:]
     expected = fit_kmeans(features, 3, seed=0)
     np.testing.assert_array_equal(tiny_store.column("k3"), expected.labels)
     np.testing.assert_array_equal(tiny_store.asset("clusters-k3")[0]["centroids"], expected.centroids)
@@ -189,5 +190,5 @@ def test_manifest_says_how_it_was_made(tiny_store: Store) -> None:
 
 
 def test_the_configuration_knows_what_there_is() -> None:
-    assert CHOICES["annotate.features"] == tuple(FEATURES) == tuple(FEATURE_LOADERS)
+    assert tuple(FEATURES) == tuple(FEATURE_LOADERS)  # other names are those of pretrained networks
     assert CHOICES["annotate.autoencoder"] == tuple(FITS) == tuple(LOADERS)
