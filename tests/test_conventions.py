@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # part of ldm_sg -> the other parts that it
 MAY_IMPORT["sample"] = MAY_IMPORT["train"] | {"train"}
 MAY_IMPORT["evaluate"] = MAY_IMPORT["sample"] | {"sample", "annotate"}
 OPTIONAL = ["faiss", "PIL", "timm", "tqdm", "tensorboard", "sklearn", "diffusers", "lmdb", "gradio", "torchvision"]
-OPTIONAL += ["transformers", "huggingface_hub", "lightly"]
+OPTIONAL += ["transformers", "huggingface_hub", "lightly", "scipy"]
 SPLIT = {
     "annotate/test_faults.py": "ldm_sg/annotate/pipeline.py",
     "store/test_column.py": "ldm_sg/store/writer.py",

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DIRECTIONS = 32  # kept; how this and POWER were chosen: docs/results.md
-POWER = 0.5  # 0 leaves a direction's variance at its signal-to-noise ratio, 1 makes all alike
+DIRECTIONS = 16  # kept; how this and POWER were chosen: docs/results.md
+POWER = 0.25  # 0 leaves a direction's variance at its signal-to-noise ratio, 1 makes all alike
 SHRINK = 0.1  # of the within-view covariance towards a multiple of the identity
 
 
