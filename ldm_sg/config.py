@@ -74,6 +74,7 @@ class ModelConfig:
     heads: int = 8
     tokens: bool = False  # guidance tokens in the attention
     dropout: float = 0.0
+    norm_groups: int = 32  # at most so many per normalisation
 
 
 @dataclass
@@ -205,6 +206,7 @@ def check(config: Config) -> None:
         "model.base",
         "model.num_blocks",
         "model.heads",
+        "model.norm_groups",
         "annotate.size_px",
         "annotate.shard_rows",
         "annotate.batch_size",

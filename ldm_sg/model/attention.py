@@ -16,15 +16,16 @@ class Attention(nn.Module):
         channels: C, divisible by `heads`.
         heads: number of heads.
         has_tokens: whether guidance tokens (B, 8, 32) are attended too.
+        norm_groups: of the normalisation.
     Source: Dhariwal & Nichol (2021), section 3; paper appendix B, "Cross-attention".
     """
 
-    def __init__(self, channels: int, heads: int, has_tokens: bool):
+    def __init__(self, channels: int, heads: int, has_tokens: bool, norm_groups: int = 32):
         super().__init__()
         if channels % heads:
             raise ValueError(f"got {channels} channels and {heads} heads, expected heads to divide channels")
         self.heads = heads
-        self.norm = GroupNorm(channels, silu=False)
+        self.norm = GroupNorm(channels, silu=False, groups=norm_groups)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
         self.tokens = nn.Linear(TOKEN_WIDTH, 2 * channels) if has_tokens else None

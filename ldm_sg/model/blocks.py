@@ -42,6 +42,7 @@ class ResBlock(nn.Module):
         embed_width: width of the embedding concat[t, k] (Eq. 7).
         resample: "none", "down" (2x2 mean) or "up" (nearest).
         dropout: share of activations dropped before the last convolution.
+        norm_groups: of the normalisations.
     Source: Dhariwal & Nichol (2021), section 3.
     """
 
@@ -52,13 +53,14 @@ class ResBlock(nn.Module):
         embed_width: int,
         resample: str = "none",
         dropout: float = 0.0,
+        norm_groups: int = 32,
     ):
         super().__init__()
         self.resample = resample
-        self.norm_in = GroupNorm(in_channels)
+        self.norm_in = GroupNorm(in_channels, groups=norm_groups)
         self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embed = nn.Linear(embed_width, 2 * out_channels)
-        self.norm_out = GroupNorm(out_channels)
+        self.norm_out = GroupNorm(out_channels, groups=norm_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)

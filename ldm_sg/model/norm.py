@@ -1,4 +1,4 @@
-"""GroupNorm as the UNet uses it: up to 32 groups, optional modulation, optional SiLU, one fused op."""
+"""GroupNorm as the UNet uses it: up to so many groups, optional modulation, optional SiLU, one fused op."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ class GroupNorm(nn.Module):
     """y = silu(norm(x) * (1 + scale) + shift).
 
     Args:
-        channels: C; the number of groups is the largest divisor of C that is at most 32.
+        channels: C.
         silu: whether SiLU follows.
+        groups: the number of groups is the largest divisor of C that is at most this.
     Source: Wu & He (2018); ADM uses 32 groups everywhere.
     """
 
-    def __init__(self, channels: int, silu: bool = True):
+    def __init__(self, channels: int, silu: bool = True, groups: int = 32):
         super().__init__()
-        self.groups = next(g for g in range(32, 0, -1) if channels % g == 0)
+        self.groups = next(g for g in range(groups, 0, -1) if channels % g == 0)
         self.silu = silu
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))

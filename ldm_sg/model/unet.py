@@ -43,6 +43,8 @@ class UNet(nn.Module):
         heads: attention heads.
         tokens: whether guidance tokens join the attention.
         dropout: inside the residual blocks.
+        norm_groups: at most so many groups per normalisation. Fewer, larger ones let through how strong one channel is
+            against another over the whole image, which short trainings on texture need; ADM has 32.
     Source: Dhariwal & Nichol (2021), section 3; Rombach et al. (2022), appendix; paper eq. 7, 8, 9 and table 11.
     """
 
@@ -59,6 +61,7 @@ class UNet(nn.Module):
         heads: int = 8,
         tokens: bool = False,
         dropout: float = 0.0,
+        norm_groups: int = 32,
     ):
         super().__init__()
         self.channels, self.num_clusters, self.spatial_channels = channels, num_clusters, spatial_channels
@@ -69,10 +72,15 @@ class UNet(nn.Module):
         self.tokens = GuidanceTokens(num_clusters) if guided and tokens else None
         embed_width = 4 * base + EMBED_WIDTH * guided
 
+        def attend(c: int) -> Attention:
+            return Attention(c, heads, self.tokens is not None, norm_groups)
+
+        def block(c_in: int, c_out: int, resample: str = "none") -> ResBlock:
+            return ResBlock(c_in, c_out, embed_width, resample, dropout, norm_groups)
+
         def stage(c_in: int, c_out: int, factor: int, resample: str = "none") -> Stage:
             here = attention is not None and factor in attention and resample == "none"
-            block = ResBlock(c_in, c_out, embed_width, resample, dropout)
-            return Stage(block, Attention(c_out, heads, self.tokens is not None) if here else None)
+            return Stage(block(c_in, c_out, resample), attend(c_out) if here else None)
 
         width, factor = base * multipliers[0], 1
         self.conv_in = nn.Conv2d(channels + spatial_channels, width, 3, padding=1)
@@ -87,9 +95,8 @@ class UNet(nn.Module):
                 skips.append(width)
                 factor *= 2
 
-        middle = Attention(width, heads, self.tokens is not None) if attention is not None else None
-        self.middle_in = Stage(ResBlock(width, width, embed_width, dropout=dropout), middle)
-        self.middle_out = ResBlock(width, width, embed_width, dropout=dropout)
+        self.middle_in = Stage(block(width, width), attend(width) if attention is not None else None)
+        self.middle_out = block(width, width)
 
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for _ in range(num_blocks + 1):
@@ -99,7 +106,7 @@ class UNet(nn.Module):
                 self.up.append(stage(width, width, factor, "up"))
                 factor //= 2
 
-        self.norm_out = GroupNorm(width)
+        self.norm_out = GroupNorm(width, groups=norm_groups)
         self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)

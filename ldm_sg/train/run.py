@@ -144,6 +144,7 @@ def build_network(config: ModelConfig, facts: StoreFacts) -> UNet:
         heads=config.heads,
         tokens=config.tokens,
         dropout=config.dropout,
+        norm_groups=config.norm_groups,
     )
     if any(side % network.downsample for side in sides):
         raise ValueError(

@@ -52,6 +52,12 @@ def test_exact_sizes(settings: dict[str, Any], parameters: int, norms: int, atte
     assert all(m.groups == 32 for m in network.modules() if isinstance(m, GroupNorm))
 
 
+def test_number_of_groups() -> None:
+    network = UNet(4, base=32, multipliers=(1, 2), attention=(2,), num_blocks=1, norm_groups=2)
+    assert {m.groups for m in network.modules() if isinstance(m, GroupNorm)} == {2}
+    assert {m.groups for m in tiny().modules() if isinstance(m, GroupNorm)} == {32}
+
+
 def test_size_of_the_tokens() -> None:
     with torch.device("meta"):
         plain, with_tokens = UNet(4, num_clusters=100), UNet(4, num_clusters=100, tokens=True)
