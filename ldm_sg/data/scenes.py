@@ -16,9 +16,9 @@ from PIL import Image
 
 from ldm_sg.data.folder import FolderSource
 from ldm_sg.data.jsonstream import iterate_list
+from ldm_sg.data.masks import VOID
 from ldm_sg.data.places import data_root, missing
 
-VOID = 255
 VOC_CLASSES = [
     "background",
     "aeroplane",
