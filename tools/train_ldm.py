@@ -35,8 +35,11 @@ def choose(args: argparse.Namespace) -> tuple[Store, Path, Config]:
     """Find the store and the configuration that the arguments mean."""
     store = Store.open(args.store or newest_store("stores"))
     path = args.config or config_path(store.manifest["provenance"]["dataset"])
+    for item in args.overrides:
+        if item.startswith("annotate.") and not item.startswith("annotate.column="):
+            raise ValueError(f"got {item}, expected only annotate.column here: tools/annotate.py makes another store")
     config = load_config(path, args.overrides)
-    return store, path, follow_store(config, facts_of(store, config.annotate.column), args.overrides)
+    return store, path, follow_store(config, facts_of(store, config.annotate.column))
 
 
 def prepare(store: Store, path: Path, config: Config, name: str) -> None:

@@ -43,8 +43,7 @@ class UNet(nn.Module):
         heads: attention heads.
         tokens: whether guidance tokens join the attention.
         dropout: inside the residual blocks.
-        norm_groups: at most so many groups per normalisation. Fewer, larger ones let through how strong one channel is
-            against another over the whole image, which short trainings on texture need; ADM has 32.
+        norm_groups: at most so many per normalisation; few keep how bright and grainy a whole image is. ADM has 32.
     Source: Dhariwal & Nichol (2021), section 3; Rombach et al. (2022), appendix; paper eq. 7, 8, 9 and table 11.
     """
 

@@ -10,8 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -208,28 +207,29 @@ def facts_of(store: Store, column: str | None) -> StoreFacts:
     )
 
 
-def follow_store(config: Config, facts: StoreFacts, overrides: Sequence[str] = ()) -> Config:
+def follow_store(config: Config, facts: StoreFacts) -> Config:
     """Fill the `annotate` section with what the store was made with, so that a run's config.yaml tells the truth.
 
     Args:
-        config: merged; changed in place.
+        config: merged.
         facts: of the store.
-        overrides: the "section.key=value" strings given.
     Returns:
-        `config`.
-    Raises:
-        ValueError: if an override changes the annotation, which only tools/annotate.py can.
+        The configuration of a run on this store.
     """
-    for item in overrides:
-        key = item.split("=")[0]
-        if key.startswith("annotate.") and key != "annotate.column":
-            raise ValueError(f"got {item}, expected only annotate.column here: tools/annotate.py makes another store")
-    section, (channels, height, _) = config.annotate, facts.latent_shape
-    section.dataset, section.size_px, section.column = facts.dataset, facts.size_px, facts.column
-    section.autoencoder, section.features = facts.autoencoder, facts.features
-    section.patch_px, section.latent_channels = facts.size_px // height, channels
-    section.clusters, section.seed = [facts.num_clusters], int(str(facts.provenance["seed"]))
-    return config
+    channels, height, _ = facts.latent_shape
+    annotate = replace(
+        config.annotate,
+        dataset=facts.dataset,
+        size_px=facts.size_px,
+        autoencoder=facts.autoencoder,
+        patch_px=facts.size_px // height,
+        latent_channels=channels,
+        features=facts.features,
+        clusters=[facts.num_clusters],
+        column=facts.column,
+        seed=int(str(facts.provenance["seed"])),
+    )
+    return replace(config, annotate=annotate)
 
 
 def create_run(path: Path, config: Config, store: Store) -> Run:
@@ -319,10 +319,12 @@ def resume_or_create(path: Path, config: Config, store: Store) -> Run:
     Raises:
         ValueError: if a run of that name has another store or configuration; says which field.
     """
+    now = facts_of(store, config.annotate.column)
+    config = follow_store(config, now)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         return create_run(path, config, store)
-    run, now = open_run(path), facts_of(store, config.annotate.column)
+    run = open_run(path)
     changed = differences(run.config, config)
     for field in ("job", "generation", "column"):
         old, new = getattr(run.facts, field), getattr(now, field)

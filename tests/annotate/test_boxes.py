@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import numpy as np
 import pytest
 import torch
@@ -70,7 +71,8 @@ def test_ties_are_told_apart_by_position(k: int) -> None:
 
 
 def test_photographs() -> None:
-    pytest.importorskip("elpv_dataset")
+    if importlib.util.find_spec("elpv_dataset") is None:
+        pytest.skip("needs elpv-dataset")
     source = open_source("elpv")
     x = to_model_range(load_images(source, source.keys[::131], 160)[0])
     fit = PatchPCAFit(16, 24)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -195,7 +196,8 @@ def test_many_clusters_take_one_seeding(cloud: np.ndarray) -> None:
 
 def real_patches() -> np.ndarray:
     """(5120, 64) patches of 20 photographs of elpv, without their mean, normalised."""
-    pytest.importorskip("elpv_dataset")
+    if importlib.util.find_spec("elpv_dataset") is None:
+        pytest.skip("needs elpv-dataset")
     source = elpv_source()
     grey = load_images(source, source.keys[::130][:20], 128)[0][..., 0].astype(np.float32)
     patches = grey.reshape(20, 16, 8, 16, 8).swapaxes(2, 3).reshape(-1, 64)

@@ -195,7 +195,7 @@ def test_annotating_names_that_are_not_utf8(tool, image_folder, tmp_path):
     os.rename(os.fsencode(image_folder / "part0" / "0_stripes.jpg"), os.fsencode(image_folder) + b"/\xe9.jpg")
     done = tool("annotate.py", "--dataset", image_folder, "--size", 64, "--clusters", 3)
     assert done.returncode == 0, done.stderr
-    assert r"quarantined 1 images (listed in the manifest), the first: 0_caf\udce9.png: " in done.stdout
+    assert r"quarantined 1 images (listed in quarantine.tsv), the first: 0_caf\udce9.png: " in done.stdout
     keys = Store.open(tmp_path / "stores" / "images").keys
     assert len(keys) == 24 and "\udce9.jpg" in keys
 

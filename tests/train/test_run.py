@@ -82,15 +82,10 @@ def test_unknown_column_is_refused(tiny_store: Store) -> None:
 
 def test_the_configuration_follows_the_store(tiny_config: Config, tiny_store: Store) -> None:
     tiny_config.annotate.size_px, tiny_config.annotate.clusters = 256, [32]
-    annotate = follow_store(tiny_config, facts_of(tiny_store, None), ["train.lr=1", "annotate.column=k3"]).annotate
+    annotate = follow_store(tiny_config, facts_of(tiny_store, None)).annotate
     assert (annotate.size_px, annotate.clusters, annotate.column) == (64, [3], "k3")
     assert (annotate.patch_px, annotate.latent_channels) == (16, 16)
     assert annotate.dataset == tiny_store.manifest["provenance"]["dataset"]
-
-
-def test_a_run_cannot_change_the_annotation(tiny_config: Config, tiny_store: Store) -> None:
-    with pytest.raises(ValueError, match=r"got annotate.size_px=32, expected only annotate.column here"):
-        follow_store(tiny_config, facts_of(tiny_store, None), ["annotate.size_px=32"])
 
 
 def test_too_many_levels_are_refused(run: Run, tiny_config: Config) -> None:
