@@ -242,9 +242,7 @@ def check_together(config: Config) -> None:
         raise ValueError(f"sample.scale: got {config.sample.scale}, expected a finite number")
     interval = config.sample.guidance_interval
     if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
-        raise ValueError(
-            f"sample.guidance_interval: got {interval}, expected [low, high], 0 <= low < high, or null"
-        )
+        raise ValueError(f"sample.guidance_interval: got {interval}, expected [low, high], 0 <= low < high, or null")
     if config.sample.eta and config.sample.sampler != "ddim":
         raise ValueError(
             f"sample.eta: got {config.sample.eta} with {config.sample.sampler}, expected sampler=ddim or eta=0"

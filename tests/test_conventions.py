@@ -34,6 +34,9 @@ MAY_IMPORT["evaluate"] = MAY_IMPORT["sample"] | {"sample", "annotate"}
 OPTIONAL = ["faiss", "PIL", "timm", "tqdm", "tensorboard", "sklearn", "diffusers", "lmdb", "gradio", "torchvision"]
 SPLIT = {
     "store/test_column.py": "ldm_sg/store/writer.py",
+    "model/test_compile.py": "ldm_sg/model/unet.py",
+    "sample/test_overfit.py": "ldm_sg/sample/sampler.py",
+    "diffusion/test_diffusers.py": "ldm_sg/diffusion/samplers.py",
     "store/test_docs.py": "docs/store.md",
     "tools/test_bad_input.py": "ldm_sg/cli.py",
 }  # test -> what of

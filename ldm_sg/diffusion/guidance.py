@@ -62,7 +62,7 @@ def within_interval(guided: Denoise, outside: Denoise, schedule: Schedule, inter
         interval: (low, high) in sigma / alpha; None guides everywhere.
     Returns:
         A denoiser of one time for the whole batch.
-    Source: Kynkäänniemi et al. (2024), eq. 6.
+    Source: Kynkäänniemi et al. (2024).
     """
     if interval is None:
         return guided

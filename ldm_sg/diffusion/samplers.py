@@ -94,7 +94,7 @@ def ddim_invert(denoise: Denoise, x: Tensor, trajectory: Trajectory, *, iteratio
         (B, C, h, w) at the trajectory's first time.
     Raises:
         ValueError: if `iterations` is not positive.
-    Source: Song et al. (2021), section 4.3; the iteration is that of Pan et al. (2023), algorithm 1.
+    Source: Song et al. (2021), section 4.3; the iteration is that of Pan et al. (2023).
     """
     if iterations < 1:
         raise ValueError(f"got {iterations} iterations, expected at least 1")

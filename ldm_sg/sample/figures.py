@@ -21,13 +21,14 @@ def denoising_figure(sampler: Sampler, clusters: Sequence[int | Mix], options: S
 
     Args:
         sampler: of the run.
-        clusters: ids or mixes of them.
+        clusters: ids or mixes of them; none at all draws without guidance.
         options: seed, scale, steps, sampler.
     Returns:
         An RGB image. Source: paper figures 16, 23 and 24.
     """
     moments, rows = min(MOMENTS, options.steps), []
-    for request in cluster_requests(clusters, 1, options.seed, sampler.run.facts.num_clusters):
+    requests = cluster_requests(clusters, 1, options.seed, sampler.run.facts.num_clusters)
+    for request in requests or [Request(options.seed, None)]:
         noisy, predicted = sampler.denoising([request], options, moments)[0]
         what = "unguided" if options.scale == 0 or request.cluster is None else describe(request.cluster)
         rows.append((f"{what}   w={options.scale:g}, seed {request.seed}   x_t", [paste_row(noisy, moments)]))
@@ -48,7 +49,9 @@ def interpolation_figure(sampler: Sampler, ends: Sequence[int | Mix], options: S
         ValueError: for other than two ends, or fewer than two images.
     """
     if len(ends) != 2 or options.n < 2:
-        raise ValueError(f"got {len(ends)} ends and {options.n} images, expected two of --cluster and --n of at least 2")
+        raise ValueError(
+            f"got {len(ends)} ends and {options.n} images, expected two of --cluster and --n of at least 2"
+        )
     first, last = ends
     mixes = [interpolate(first, last, share) for share in np.linspace(0, 1, options.n)]
     requests = [Request(options.seed, mix) for mix in mixes]

@@ -89,7 +89,7 @@ def interpolate(a: int | Mix, b: int | Mix, share: float) -> Mix:
         share: 0 is a, 1 is b.
     Returns:
         sin((1 - share) angle) / sin(angle) a + sin(share angle) / sin(angle) b; linear where the angle is 0.
-    Source: paper figure 25; Song et al. (2021), eq. 67.
+    Source: paper figure 25; Song et al. (2021), appendix D.5.
     """
     first, last = dict(as_mix(a)), dict(as_mix(b))
     dot = sum(weight * last.get(k, 0.0) for k, weight in first.items())
