@@ -104,6 +104,8 @@ def figure(args: argparse.Namespace, run: Run, clusters: list[int | Mix], option
         return interpolation_figure(Sampler(run), clusters, options)
     if args.trace:
         return denoising_figure(Sampler(run), clusters, options)
+    if not args.image.is_file():
+        raise FileNotFoundError(f"no image at {args.image}: give --image a file")
     image = center_crop_resize(decode_rgb(args.image.read_bytes()), run.facts.size_px)
     return inversion_figure(Sampler(run), image, clusters, options)
 

@@ -71,4 +71,6 @@ class BoundUNet(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         embedding = self.network.embed_time(time[:1], x.dtype)  # (1, 4 base)
+        if self.network.label_embed is None:
+            embedding = embedding.expand(len(x), -1)  # nothing here has B rows yet
         return self.network.trunk(x, embedding, self.tokens, self.spatial)

@@ -100,15 +100,16 @@ class Sampler:
         """
         trajectory = self.schedule.trajectory(options.steps)
         shown = {round(i) for i in np.linspace(0, options.steps - 1, moments)}
-        seen: list[np.ndarray] = []
+        seen: list[Tensor] = []
 
         def keep(i: int, x: Tensor, x0: Tensor) -> None:
             if i in shown:
                 width = float(torch.hypot(trajectory.alpha[i + 1], trajectory.sigma[i + 1]))
-                seen.append(np.stack([self._pixels(x / width), self._pixels(x0)]))  # (2, b, S, S, 3)
+                seen.extend([x / width, x0])
 
         list(self._micro_batches(requests, options, keep))
-        return [np.stack([moment[:, row] for moment in seen], axis=1) for row in range(len(requests))]
+        pixels = np.stack([self._pixels(latents) for latents in seen])  # (2 moments, b, S, S, 3)
+        return [np.stack([pixels[0::2, row], pixels[1::2, row]]) for row in range(len(requests))]
 
     @torch.inference_mode()
     def invert(self, images: np.ndarray, requests: Sequence[Request], options: SampleConfig) -> Tensor:
