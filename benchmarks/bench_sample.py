@@ -82,9 +82,11 @@ def measure(name: str, batch: int, steps: int, rounds: int) -> list[dict[str, An
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], steps=10)
+    args = arguments(__doc__.splitlines()[0])
     cases = [(name, batch) for name in args.networks for batch in args.batches]
-    report("sample", [row for case in cases for row in measure(*case, args.steps, args.rounds)])
+    report(
+        "sample", [row for case in cases for row in measure(*case, args.steps or SHAPES[case[0]].steps, args.rounds)]
+    )
 
 
 if __name__ == "__main__":

@@ -28,13 +28,14 @@ class Shape(NamedTuple):
     num_clusters: int
     ours: dict[str, Any]
     attention_levels: tuple[bool, ...]  # where diffusers' has attention, level by level
+    steps: int  # to sample with: as many as take seconds on a CPU
 
 
 SHAPES = {
     "elpv": Shape(
-        (16, 16, 16), 32, {"base": 96, "multipliers": (1, 1, 2), "num_blocks": 1, "attention": None}, (False,) * 3
+        (16, 16, 16), 32, {"base": 96, "multipliers": (1, 1, 2), "num_blocks": 1, "attention": None}, (False,) * 3, 50
     ),
-    "lsun_church": Shape((4, 32, 32), 100, {"tokens": True}, (False, False, True, True, False)),
+    "lsun_church": Shape((4, 32, 32), 100, {"tokens": True}, (False, False, True, True, False), 4),
 }
 
 
@@ -106,14 +107,13 @@ def bind(network: UNet, guidance: dict[str, Tensor]) -> Callable[[Tensor, Tensor
     return lambda x, t: bound(x.contiguous(memory_format=torch.channels_last), t)
 
 
-def arguments(description: str, steps: int | None = None) -> argparse.Namespace:
+def arguments(description: str) -> argparse.Namespace:
     """Read what to measure; the defaults are the recorded tables'."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--networks", nargs="+", choices=SHAPES, default=list(SHAPES))
     made.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    made.add_argument("--rounds", type=int, default=5)
-    if steps is not None:
-        made.add_argument("--steps", type=int, default=steps)
+    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--steps", type=int, help="of the sampler; default the network's in SHAPES")
     return made.parse_args()
 
 

@@ -29,7 +29,7 @@ def denoising_figure(sampler: Sampler, clusters: Sequence[int | Mix], options: S
     moments, rows = min(MOMENTS, options.steps), []
     requests = cluster_requests(clusters, 1, options.seed, sampler.run.facts.num_clusters)
     for request in requests or [Request(options.seed, None)]:
-        noisy, predicted = sampler.denoising([request], options, moments)[0]
+        noisy, predicted = sampler.denoising(request, options, moments)
         what = "unguided" if options.scale == 0 or request.cluster is None else describe(request.cluster)
         rows.append((f"{what}   w={options.scale:g}, seed {request.seed}   x_t", [paste_row(noisy, moments)]))
         rows.append(("predicted x_0", [paste_row(predicted, moments)]))

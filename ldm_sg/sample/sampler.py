@@ -87,54 +87,51 @@ class Sampler:
         for latents, count in self._micro_batches(requests, options):
             yield latents[:count]
 
-    def denoising(self, requests: Sequence[Request], options: SampleConfig, moments: int) -> list[np.ndarray]:
-        """Show how images come about.
+    def denoising(self, request: Request, options: SampleConfig, moments: int) -> np.ndarray:
+        """Show how an image comes about.
 
         Args:
-            requests: at most options.micro_batch of them.
+            request: the image.
             options: as for `images`.
             moments: how many of the steps to show, evenly spread; the last is the image.
         Returns:
-            Per request (2, moments, S, S, 3) uint8: x_t in units of its deviation, and the predicted x_0.
+            (2, moments, S, S, 3) uint8: x_t in units of its deviation, and the predicted x_0.
         Source: paper figures 16, 23 and 24.
         """
         trajectory = self.schedule.trajectory(options.steps)
         shown = {round(i) for i in np.linspace(0, options.steps - 1, moments)}
-        seen: list[Tensor] = []
+        noisy: list[Tensor] = []
+        predicted: list[Tensor] = []
 
         def keep(i: int, x: Tensor, x0: Tensor) -> None:
             if i in shown:
-                width = float(torch.hypot(trajectory.alpha[i + 1], trajectory.sigma[i + 1]))
-                seen.extend([x / width, x0])
+                noisy.append(x[:1] / float(torch.hypot(trajectory.alpha[i + 1], trajectory.sigma[i + 1])))
+                predicted.append(x0[:1])
 
-        list(self._micro_batches(requests, options, keep))
-        pixels = np.stack([self._pixels(latents) for latents in seen])  # (2 moments, b, S, S, 3)
-        return [np.stack([pixels[0::2, row], pixels[1::2, row]]) for row in range(len(requests))]
+        list(self._micro_batches([request], options, keep))
+        return np.stack([self._pixels(torch.cat(latents)) for latents in (noisy, predicted)])
 
     @torch.inference_mode()
     def invert(self, images: np.ndarray, requests: Sequence[Request], options: SampleConfig) -> Tensor:
         """Find the noise from which DDIM makes given images.
 
         Args:
-            images: (b, S, S, 3) uint8, b at most options.micro_batch.
-            requests: the guidance under which each is inverted; scale 1 follows the image most faithfully.
-            options: steps and scale; sampling it back takes the same steps with sampler ddim.
+            images: (b, S, S, 3) uint8.
+            requests: b; the guidance and scale under which each is inverted.
+            options: steps, scale, guidance_interval; sampling back takes the same ones, with sampler ddim.
         Returns:
             (b, C, h, w), for `Request.start`.
         Raises:
             ValueError: if the images have another size than the run's.
         Source: Song et al. (2021), section 4.3.
         """
-        if images.shape[1:] != (self.run.facts.size_px, self.run.facts.size_px, 3):
-            size = self.run.facts.size_px
+        size = self.run.facts.size_px
+        if images.shape[1:] != (size, size, 3):
             raise ValueError(f"got images of {images.shape[1:]}, expected ({size}, {size}, 3): crop and resize them")
         moments = self.autoencoder.encode(to_model_range(images))
         z = self.run.facts.standardise(moments[:, : self.run.facts.latent_shape[0]]).to(self.device)
-        pad = options.micro_batch - len(z)
-        z, padded = torch.cat([z, z[-1:].expand(pad, -1, -1, -1)]), [*requests, *[requests[-1]] * pad]
         with autocast(self.device, self.dtype):
-            noise = ddim_invert(self._denoise(padded, options), z, self.schedule.trajectory(options.steps))
-        return noise[: len(images)]
+            return ddim_invert(self._denoise(list(requests), options), z, self.schedule.trajectory(options.steps))
 
     def _pixels(self, latents: Tensor) -> np.ndarray:
         return to_uint8(self.autoencoder.decode(self.run.facts.restore(latents)))

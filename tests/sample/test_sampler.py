@@ -197,14 +197,12 @@ def test_interval_of_all_noise_is_no_interval(sampler: Sampler) -> None:
 
 def test_denoising_ends_at_the_image(sampler: Sampler) -> None:
     options = replace(OPTIONS, steps=7)
-    requests = [Request(3, 1), Request(4, 0)]
-    shown = sampler.denoising(requests, options, 3)
-    made = images(sampler, requests, steps=7)
-    for seen, image in zip(shown, made, strict=True):
-        assert seen.shape == (2, 3, 64, 64, 3)
-        np.testing.assert_array_equal(seen[0, -1], image)
-        np.testing.assert_array_equal(seen[1, -1], image)
-        assert (seen[0, 0] != seen[0, -1]).any()
+    noisy, predicted = sampler.denoising(Request(3, 1), options, 3)
+    assert noisy.shape == predicted.shape == (3, 64, 64, 3)
+    image = images(sampler, [Request(3, 1)], steps=7)[0]
+    for last in (noisy[-1], predicted[-1]):
+        assert np.abs(last.astype(int) - image).max() <= 1  # decoded in a batch of another size
+    assert (noisy[0] != image).any() and (predicted[0] != image).any()
 
 
 def test_inverted_images_come_back(tiny_run: Run) -> None:
