@@ -53,7 +53,7 @@ class BoundUNet(nn.Module):
 
     def __init__(self, network: UNet, label: Tensor | None = None, spatial: Tensor | None = None):
         super().__init__()
-        network.refuse_unused(label=label, spatial=spatial)
+        network.check_guidance(label, spatial)
         shared = {id(t): t for t in (*network.parameters(), *network.buffers())}
         self.network = copy.deepcopy(network, shared)
         self.spatial, self.tokens = spatial, None

@@ -115,9 +115,9 @@ class UNet(nn.Module):
         Returns:
             (B, C, h, w) float32.
         Raises:
-            ValueError: if guidance is given that this network was built without.
+            ValueError: if guidance is given that this network was built without, or shapes do not fit it.
         """
-        self.refuse_unused(label=label, spatial=spatial)
+        self.check_guidance(label, spatial)
         embedding, tokens = self.embed_time(time, x.dtype), None
         if self.label_embed is not None:
             if label is None:
@@ -145,6 +145,7 @@ class UNet(nn.Module):
         Returns:
             (B, C, h, w) float32.
         """
+        self._check_latent(x, spatial)
         if self.spatial_channels:
             mask = x.new_zeros(x.shape[0], self.spatial_channels, *x.shape[2:]) if spatial is None else spatial
             x = torch.cat([x, mask], dim=1)  # (B, C + S, h, w), Eq. 8 and 9
@@ -160,8 +161,18 @@ class UNet(nn.Module):
             h = stage(h, embedding, tokens)
         return self.conv_out(self.norm_out(h)).float()
 
-    def refuse_unused(self, *, label: Tensor | None, spatial: Tensor | None) -> None:
-        """Refuse guidance that this network was built without: ValueError."""
+    def check_guidance(self, label: Tensor | None, spatial: Tensor | None) -> None:
+        """Refuse guidance that this network was built without, or of another width: ValueError."""
         for name, given, width in (("label", label, self.num_clusters), ("spatial", spatial, self.spatial_channels)):
             if given is not None and not width:
                 raise ValueError(f"got {name} guidance for a network built without it, expected none: leave it out")
+            if given is not None and given.shape[1] != width:
+                raise ValueError(f"got {name} guidance of width {given.shape[1]}, expected {width}")
+
+    def _check_latent(self, x: Tensor, spatial: Tensor | None) -> None:
+        _, channels, *sides = x.shape
+        if channels != self.channels or any(side % self.downsample for side in sides):
+            need = f"{self.channels} channels and sides divisible by {self.downsample}"
+            raise ValueError(f"got latents of shape {tuple(x.shape)}, expected {need}")
+        if spatial is not None and spatial.shape[2:] != x.shape[2:]:
+            raise ValueError(f"got masks of {tuple(spatial.shape[2:])}, expected the latents' {tuple(sides)}")

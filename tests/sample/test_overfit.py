@@ -50,7 +50,7 @@ def test_each_latent_comes_back_by_its_label(learned: tuple[UNet, Tensor]) -> No
     made = sample(network, "ddim", 50)
     distances = torch.cdist(made.flatten(1), latents.flatten(1)) / latents[0].numel() ** 0.5  # per value
     assert distances.argmin(1).tolist() == list(range(N))
-    assert float(distances.diag().max()) < 0.2  # the latents are about 1.4 apart
+    assert float(distances.diag().max()) < 0.3  # the latents are about 1.4 apart
 
 
 def test_dpm_solver_at_20_steps_lands_where_ddim_does_at_250(learned: tuple[UNet, Tensor]) -> None:
