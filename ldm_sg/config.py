@@ -25,7 +25,7 @@ CHOICES = {
     "diffusion.loss": ("l2", "l1"),
     "train.lr_decay": ("none", "cosine"),
     "train.precision": ("auto", "fp32", "bf16"),
-    "sample.sampler": ("ddim", "heun", "dpm++2m"),
+    "sample.sampler": ("ddim", "ddpm", "heun", "dpm++2m"),
 }
 MAX_SEED = 2**32 - 1  # torch's CPU generator ignores higher bits
 RANGES = {  # both ends included; None is let pass
@@ -124,6 +124,7 @@ class SampleConfig:
     sampler: str = "ddim"
     steps: int = 50
     scale: float = 2.0  # w of Eq. 4: 0 unconditional, 1 conditional
+    guidance_interval: list[float] | None = None  # [low, high] in sigma/alpha, w > 1 only there; null: everywhere
     eta: float = 0.0  # of ddim: 0 deterministic, 1 ancestral
     seed: int = 0
     n: int = 8  # images per cluster
@@ -240,6 +241,9 @@ def check_together(config: Config) -> None:
         raise ValueError("diffusion.schedule: edm needs diffusion.parameterisation=edm")
     if not math.isfinite(config.sample.scale):
         raise ValueError(f"sample.scale: got {config.sample.scale}, expected a finite number")
+    interval = config.sample.guidance_interval
+    if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
+        raise ValueError(f"sample.guidance_interval: got {interval}, expected [low, high], 0 <= low < high, or null")
     if config.sample.eta and config.sample.sampler != "ddim":
         raise ValueError(
             f"sample.eta: got {config.sample.eta} with {config.sample.sampler}, expected sampler=ddim or eta=0"

@@ -36,6 +36,9 @@ OPTIONAL += ["transformers", "huggingface_hub", "lightly", "scipy"]
 SPLIT = {
     "annotate/test_faults.py": "ldm_sg/annotate/pipeline.py",
     "store/test_column.py": "ldm_sg/store/writer.py",
+    "model/test_compile.py": "ldm_sg/model/unet.py",
+    "sample/test_overfit.py": "ldm_sg/sample/sampler.py",
+    "diffusion/test_diffusers.py": "ldm_sg/diffusion/samplers.py",
     "store/test_docs.py": "docs/store.md",
     "tools/test_bad_input.py": "ldm_sg/cli.py",
 }  # test -> what of

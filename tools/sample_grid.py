@@ -2,6 +2,10 @@
 
 python tools/sample_grid.py --cluster 17
 python tools/sample_grid.py --cluster 3 17 25 --n 6 --scale 1.5
+python tools/sample_grid.py --cluster 3:0.7,17:0.3
+python tools/sample_grid.py --cluster 3 17 --interpolate
+python tools/sample_grid.py --cluster 3 17 --trace
+python tools/sample_grid.py --cluster 3 17 --image photo.png
 """
 
 from __future__ import annotations
@@ -16,10 +20,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm_sg import cli
-from ldm_sg.config import check
+from ldm_sg.config import SampleConfig, check
+from ldm_sg.data.crop import center_crop_resize
+from ldm_sg.data.decode import decode_rgb
 from ldm_sg.diffusion import SAMPLERS
 from ldm_sg.sample import Sampler, contact_sheet, sample_grid
+from ldm_sg.sample.figures import denoising_figure, interpolation_figure, inversion_figure
 from ldm_sg.sample.grid import RealImages
+from ldm_sg.sample.requests import Mix, parse_guidance
 from ldm_sg.train import Run, newest_run, open_run
 from ldm_sg.train.run import RUNS_ROOT
 
@@ -29,10 +37,17 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--run", help="name of the run; default the newest in runs/")
     what = made.add_mutually_exclusive_group()
     what.add_argument(
-        "--cluster", type=int, nargs="+", metavar="K", help="one row each; default drawn from the histogram"
+        "--cluster",
+        nargs="+",
+        metavar="K",
+        help="one row each: 3, or a mix as 3:0.7,17:0.3; default drawn from the histogram",
     )
     what.add_argument("--unguided", action="store_true", help="no guidance: w = 0")
     what.add_argument("--list", action="store_true", help="print the clusters and draw a contact sheet of real images")
+    how = made.add_mutually_exclusive_group()
+    how.add_argument("--trace", action="store_true", help="draw how one image of each cluster is denoised")
+    how.add_argument("--interpolate", action="store_true", help="draw one seed between the two clusters given")
+    how.add_argument("--image", type=Path, metavar="FILE", help="invert this image and redraw it as each cluster")
     made.add_argument("--n", type=int, help="images per row; default from the run's configuration")
     made.add_argument(
         "--scale",
@@ -43,6 +58,13 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--steps", type=int, metavar="T", help="sampling steps")
     made.add_argument("--seed", type=int, help="of the first image of each row")
     made.add_argument("--sampler", choices=sorted(SAMPLERS), help="default from the run's configuration")
+    made.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide only where sigma/alpha is between these",
+    )
     made.add_argument("--out", type=Path, metavar="PNG", help="the picture; default in the run's samples/")
     made.add_argument("--save-images", type=Path, metavar="DIR", help="write every generated image there too")
     return made.parse_args()
@@ -74,6 +96,29 @@ def save_images(images: np.ndarray, folder: Path) -> None:
         Image.fromarray(image).save(folder / f"{i:06d}.png")
 
 
+def figure(args: argparse.Namespace, run: Run, clusters: list[int | Mix], options: SampleConfig) -> Image.Image:
+    """Draw what --trace, --interpolate or --image asks for."""
+    if not clusters and not (args.unguided and args.trace):
+        raise ValueError("got no --cluster, expected --cluster with --trace, --interpolate or --image")
+    if args.interpolate:
+        return interpolation_figure(Sampler(run), clusters, options)
+    if args.trace:
+        return denoising_figure(Sampler(run), clusters, options)
+    if not args.image.is_file():
+        raise FileNotFoundError(f"no image at {args.image}: give --image a file")
+    image = center_crop_resize(decode_rgb(args.image.read_bytes()), run.facts.size_px)
+    return inversion_figure(Sampler(run), image, clusters, options)
+
+
+def grid(args: argparse.Namespace, run: Run, clusters: list[int | Mix], options: SampleConfig) -> Image.Image:
+    """Draw one row per cluster."""
+    with tqdm(total=max(1, len(clusters)) * options.n, desc="sample", unit=" images") as bar:
+        picture, made = sample_grid(Sampler(run), clusters or None, options, real_images(run), bar.update)
+    if args.save_images:
+        save_images(made, args.save_images)
+    return picture
+
+
 def main(args: argparse.Namespace) -> None:
     run = open_run(RUNS_ROOT / args.run) if args.run else newest_run()
     print(f"run {run.path}, {run.steps_done()} steps; {run.facts.describe()}")
@@ -82,17 +127,18 @@ def main(args: argparse.Namespace) -> None:
     if args.list:
         return list_clusters(run)
     given = {k: v for k in ("n", "scale", "steps", "seed", "sampler") if (v := getattr(args, k)) is not None}
+    if args.guidance_interval:
+        given["guidance_interval"] = args.guidance_interval
     options = replace(run.config.sample, **given)
     if args.unguided:
         options = replace(options, scale=0.0)
     check(replace(run.config, sample=options))
-    rows = len(args.cluster or [0])
-    with tqdm(total=rows * options.n, desc="sample", unit=" images") as bar:
-        picture, made = sample_grid(Sampler(run), args.cluster, options, real_images(run), bar.update)
-    what = "cluster-" + "-".join(map(str, args.cluster[:8])) if args.cluster else "any"
-    if args.save_images:
-        save_images(made, args.save_images)
-    path = args.out or run.path / "samples" / f"{what}-w{options.scale:g}-seed{options.seed}.png"
+    clusters = [parse_guidance(text) for text in args.cluster or []]
+    kind = next((name for name in ("trace", "interpolate", "image") if getattr(args, name)), None)
+    picture = (figure if kind else grid)(args, run, clusters, options)
+    what = "cluster-" + "-".join(text.replace(":", "x") for text in args.cluster[:8]) if clusters else "any"
+    name = f"{what}-w{options.scale:g}-seed{options.seed}{'-' + kind if kind else ''}.png"
+    path = args.out or run.path / "samples" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
     print(path)

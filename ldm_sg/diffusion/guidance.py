@@ -1,43 +1,75 @@
-"""Classifier-free guidance (Eq. 4), one batched forward for both halves."""
+"""Classifier-free guidance (Eq. 4): one batched forward for both halves, and one of B where a half suffices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-Network = Callable[..., Tensor]
+from ldm_sg.diffusion.parameterisation import Denoise
+from ldm_sg.diffusion.schedule import Schedule
+
+Network = Callable[[Tensor, Tensor], Tensor]
+"""(x (B, C, h, w), time (B,)) -> F (B, C, h, w), the guidance already in it."""
+Bind = Callable[[dict[str, Tensor]], Network]
+"""Guidance, tensors with first dimension B such as "label" (B, K) -> the network under that guidance."""
 
 
-def guided_network(network: Network, guidance: dict[str, Tensor], scale: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Bind guidance to a network: F~ = (1 - w) F(x) + w F(x; k).
+def guided_network(bind: Bind, guidance: dict[str, Tensor], scale: float | Tensor) -> Network:
+    """Apply F~ = (1 - w) F(x) + w F(x; k).
 
     The output F of every parameterisation is affine in x_0 with coefficients that do not depend on the guidance, so
     Eq. 4 on F equals Eq. 4 on eps.
 
     Args:
-        network: (x, time, **guidance) -> F.
-        guidance: tensors with first dimension B, such as "label" (B, K).
-        scale: w. 0 is unconditional and 1 conditional: each costs one forward of B; any other costs one of 2B.
+        bind: puts guidance into the network; called once here, so what it computes is kept over a trajectory.
+        guidance: tensors with first dimension B.
+        scale: w, one number or (B,). Where every w is 0 (unconditional) or 1 (conditional) a forward costs B, else 2B.
     Returns:
-        (x (B, C, h, w), time (B,)) -> F (B, C, h, w).
+        The guided network.
     Raises:
-        ValueError: if `scale` is not finite.
+        ValueError: if a scale is not finite.
     Source: paper eq. 4 and appendix B; the null guidance is all zeros.
     """
-    if scale != scale or scale in (float("inf"), float("-inf")):
-        raise ValueError(f"got guidance scale {scale}, expected a finite number")
-    null = {name: torch.zeros_like(g) for name, g in guidance.items()}
-    if scale == 0:
-        return lambda x, time: network(x, time, **null)
-    if scale == 1:
-        return lambda x, time: network(x, time, **guidance)
-    both = {name: torch.cat([null[name], g]) for name, g in guidance.items()}
+    w = torch.as_tensor(scale, dtype=torch.float32)
+    if not w.isfinite().all():
+        bad = float(w[~w.isfinite()].flatten()[0])
+        raise ValueError(f"got guidance scale {bad}, expected a finite number")
+    if ((w == 0) | (w == 1)).all():
+        return bind({name: g * _per_sample(w, g) for name, g in guidance.items()})
+    both = bind({name: torch.cat([torch.zeros_like(g), g]) for name, g in guidance.items()})
 
     def run(x: Tensor, time: Tensor) -> Tensor:
-        f = network(torch.cat([x, x]), torch.cat([time, time]), **both)
-        unconditional, conditional = f.chunk(2)
-        return (1 - scale) * unconditional + scale * conditional
+        unconditional, conditional = both(torch.cat([x, x]), torch.cat([time, time])).chunk(2)
+        here = _per_sample(w, x)
+        return (1 - here) * unconditional + here * conditional
 
     return run
+
+
+def _per_sample(w: Tensor, like: Tensor) -> Tensor:
+    return w.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def within_interval(guided: Denoise, outside: Denoise, schedule: Schedule, interval: Sequence[float] | None) -> Denoise:
+    """Guide only where the noise is neither very weak nor very strong.
+
+    Args:
+        guided: used where low <= sigma / alpha <= high.
+        outside: used elsewhere; with w clamped to [0, 1] it needs no unconditional half for w >= 1.
+        schedule: gives (alpha, sigma).
+        interval: (low, high) in sigma / alpha; None guides everywhere.
+    Returns:
+        A denoiser of one time for the whole batch.
+    Source: Kynkäänniemi et al. (2024).
+    """
+    if interval is None:
+        return guided
+    low, high = interval
+
+    def denoise(x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = schedule.alpha_sigma(time)
+        return (guided if low <= float(sigma / alpha) <= high else outside)(x, time)
+
+    return denoise

@@ -59,6 +59,56 @@ def ddim(
     return x
 
 
+def ddpm(
+    denoise: Denoise,
+    x: Tensor,
+    trajectory: Trajectory,
+    *,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    trace: Trace | None = None,
+) -> Tensor:
+    """Run DDPM's ancestral sampling with the posterior's variance, on any subset of the times: DDIM with eta = 1.
+
+    Args and Returns: as for `ddim`; `noise` is needed, and `eta` is not this sampler's to choose: 0.
+    Raises:
+        ValueError: if eta is not 0 or `noise` is None.
+    Source: Ho et al. (2020), eq. 6, 7 and algorithm 2; Song et al. (2021), section 4.1.
+    """
+    _no_eta("ddpm", eta)
+    return ddim(denoise, x, trajectory, eta=1.0, noise=noise, trace=trace)
+
+
+def ddim_invert(denoise: Denoise, x: Tensor, trajectory: Trajectory, *, iterations: int = 3) -> Tensor:
+    """Find the noise that `ddim` with eta = 0 turns into a given latent.
+
+    A step of DDIM from s back to t solves x_t = (alpha_t / alpha_s) (x_s - sigma_s eps) + sigma_t eps with
+    eps = eps(x_t, t), which is implicit: it is solved by fixed-point iteration, beginning at the last step's eps.
+
+    Args:
+        denoise: (x, time) -> (x0, eps).
+        x: (B, C, h, w) at the trajectory's last time.
+        trajectory: n + 1 times, as for sampling.
+        iterations: evaluations per step; 1 is the usual explicit inversion, more come closer to the inverse.
+    Returns:
+        (B, C, h, w) at the trajectory's first time.
+    Raises:
+        ValueError: if `iterations` is not positive.
+    Source: Song et al. (2021), section 4.3; the iteration is that of Pan et al. (2023).
+    """
+    if iterations < 1:
+        raise ValueError(f"got {iterations} iterations, expected at least 1")
+    time, alpha, sigma = trajectory
+    eps = torch.zeros_like(x)
+    for i in reversed(range(len(time) - 1)):
+        ratio = float(alpha[i] / alpha[i + 1])
+        step = float(sigma[i]) - ratio * float(sigma[i + 1])
+        for _ in range(iterations):
+            _, eps = denoise(ratio * x + step * eps, time[i])
+        x = ratio * x + step * eps
+    return x
+
+
 def heun(
     denoise: Denoise,
     x: Tensor,
@@ -75,7 +125,7 @@ def heun(
         ValueError: if eta is not 0.
     Source: Karras et al. (2022), algorithm 1.
     """
-    _deterministic("heun", eta)
+    _no_eta("heun", eta)
     time, alpha, _ = trajectory
     s = trajectory.sigma / alpha
     for i in range(len(time) - 1):
@@ -106,7 +156,7 @@ def dpm_solver_2m(
         ValueError: if eta is not 0.
     Source: Lu et al. (2022), algorithm 2, with lambda = ln(alpha / sigma).
     """
-    _deterministic("dpm++2m", eta)
+    _no_eta("dpm++2m", eta)
     time, alpha, sigma = trajectory
     lam = torch.log(alpha / sigma)  # (n + 1,), the last one infinite
     previous: Tensor | None = None
@@ -127,9 +177,9 @@ def dpm_solver_2m(
     return x
 
 
-def _deterministic(name: str, eta: float) -> None:
+def _no_eta(name: str, eta: float) -> None:
     if eta:
-        raise ValueError(f"got eta {eta}, expected 0: {name} is deterministic; use the ddim sampler")
+        raise ValueError(f"got eta {eta}, expected 0: {name} has no eta; use the ddim sampler")
 
 
-SAMPLERS = {"ddim": ddim, "heun": heun, "dpm++2m": dpm_solver_2m}
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "heun": heun, "dpm++2m": dpm_solver_2m}

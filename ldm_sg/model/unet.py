@@ -121,10 +121,37 @@ class UNet(nn.Module):
         Returns:
             (B, C, h, w) float32.
         Raises:
-            ValueError: if guidance is given that this network was built without.
+            ValueError: if guidance is given that this network was built without, or shapes do not fit it.
         """
-        self._refuse_unused(label=(label, self.num_clusters), spatial=(spatial, self.spatial_channels))
-        embedding, tokens = self._embed(x, time, label)
+        self.check_guidance(label, spatial)
+        embedding, tokens = self.embed_time(time, x.dtype), None
+        if self.label_embed is not None:
+            if label is None:
+                label = x.new_zeros(x.shape[0], self.num_clusters)
+            k, tokens = self.embed_guidance(label.to(x.dtype))
+            embedding = torch.cat([embedding, k], dim=1)  # concat[t, k], Eq. 7
+        return self.trunk(x, embedding, tokens, spatial)
+
+    def embed_time(self, time: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Embed times: (B,) -> t (B, 4 base)."""
+        return self.time_embed(time_features(time, self.base).to(dtype))
+
+    def embed_guidance(self, label: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embed labels: (B, K) -> k (B, 256) and, where the network has them, tokens (B, 8, 32)."""
+        assert self.label_embed is not None, "an unguided network has nothing to embed"
+        return self.label_embed(label), None if self.tokens is None else self.tokens(label)
+
+    def trunk(self, x: Tensor, embedding: Tensor, tokens: Tensor | None, spatial: Tensor | None) -> Tensor:
+        """Run everything behind the embeddings.
+
+        Args:
+            x, spatial: as for `forward`.
+            embedding: (B, width) for every block, concat[t, k] where there is guidance.
+            tokens: (B, 8, 32) for every attention, or None.
+        Returns:
+            (B, C, h, w) float32.
+        """
+        self._check_latent(x, spatial)
         if self.spatial_channels:
             mask = x.new_zeros(x.shape[0], self.spatial_channels, *x.shape[2:]) if spatial is None else spatial
             x = torch.cat([x, mask], dim=1)  # (B, C + S, h, w), Eq. 8 and 9
@@ -140,18 +167,18 @@ class UNet(nn.Module):
             h = stage(h, embedding, tokens)
         return self.conv_out(self.norm_out(h)).float()
 
-    @staticmethod
-    def _refuse_unused(**guidance: tuple[Tensor | None, int]) -> None:
-        for name, (given, width) in guidance.items():
+    def check_guidance(self, label: Tensor | None, spatial: Tensor | None) -> None:
+        """Refuse guidance that this network was built without, or of another width: ValueError."""
+        for name, given, width in (("label", label, self.num_clusters), ("spatial", spatial, self.spatial_channels)):
             if given is not None and not width:
                 raise ValueError(f"got {name} guidance for a network built without it, expected none: leave it out")
+            if given is not None and given.shape[1] != width:
+                raise ValueError(f"got {name} guidance of width {given.shape[1]}, expected {width}")
 
-    def _embed(self, x: Tensor, time: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        embedding = self.time_embed(time_features(time, self.base).to(x.dtype))  # (B, 4 base)
-        if self.label_embed is None:
-            return embedding, None
-        if label is None:
-            label = x.new_zeros(x.shape[0], self.num_clusters)
-        label = label.to(x.dtype)
-        embedding = torch.cat([embedding, self.label_embed(label)], dim=1)  # concat[t, k], Eq. 7
-        return embedding, None if self.tokens is None else self.tokens(label)
+    def _check_latent(self, x: Tensor, spatial: Tensor | None) -> None:
+        _, channels, *sides = x.shape
+        if channels != self.channels or any(side % self.downsample for side in sides):
+            need = f"{self.channels} channels and sides divisible by {self.downsample}"
+            raise ValueError(f"got latents of shape {tuple(x.shape)}, expected {need}")
+        if spatial is not None and spatial.shape[2:] != x.shape[2:]:
+            raise ValueError(f"got masks of {tuple(spatial.shape[2:])}, expected the latents' {tuple(sides)}")

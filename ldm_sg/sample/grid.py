@@ -12,7 +12,8 @@ from torch import nn
 
 from ldm_sg.config import SampleConfig
 from ldm_sg.data import load_images, open_source
-from ldm_sg.sample.sampler import Sampler, cluster_requests, histogram_requests
+from ldm_sg.sample.requests import Mix, as_mix, cluster_requests, describe, histogram_requests
+from ldm_sg.sample.sampler import Sampler
 from ldm_sg.store import Store
 from ldm_sg.train.run import Run, StoreFacts
 
@@ -35,9 +36,10 @@ class RealImages:
         self.source = open_source(run.facts.dataset)
         self.clusters = self.store.column(run.facts.column)
 
-    def of_cluster(self, cluster: int, n: int) -> np.ndarray:
-        """Give the first n images of a cluster, (<= n, S, S, 3) uint8."""
-        return self.rows(np.flatnonzero(self.clusters == cluster)[:n])
+    def of_cluster(self, cluster: int | Mix, n: int) -> np.ndarray:
+        """Give the first n images of a cluster, or of a mix's clusters in turn, (<= n, S, S, 3) uint8."""
+        members = [np.flatnonzero(self.clusters == k)[:n] for k, _ in as_mix(cluster)]
+        return self.rows([rows[i] for i in range(n) for rows in members if i < len(rows)][:n])
 
     def spread(self, n: int) -> np.ndarray:
         """Give n images spread evenly over the store, (n, S, S, 3) uint8."""
@@ -90,7 +92,7 @@ def captioned(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
 
 def sample_grid(
     sampler: Sampler,
-    clusters: Sequence[int] | None,
+    clusters: Sequence[int | Mix] | None,
     options: SampleConfig,
     real: RealImages | None = None,
     progress: Callable[[int], None] | None = None,
@@ -99,7 +101,7 @@ def sample_grid(
 
     Args:
         sampler: of the run.
-        clusters: ids; None draws one row whose clusters follow the training histogram.
+        clusters: ids or mixes of them; None draws one row whose clusters follow the training histogram.
         options: n, seed, scale (0 draws without guidance), steps, sampler.
         real: the training images; None leaves the left side out.
         progress: called with the number of images just made.
@@ -123,10 +125,10 @@ def sample_grid(
     return captioned(rows), made
 
 
-def _caption(facts: StoreFacts, cluster: int | None, options: SampleConfig, has_real: bool) -> str:
-    what = (
-        f"cluster {cluster} ({facts.histogram[cluster]} images)" if cluster is not None else "clusters as in training"
-    )
+def _caption(facts: StoreFacts, cluster: int | Mix | None, options: SampleConfig, has_real: bool) -> str:
+    what = "clusters as in training" if cluster is None else describe(cluster)
+    if isinstance(cluster, int):
+        what += f" ({facts.histogram[cluster]} images)"
     parts = [
         "unguided" if options.scale == 0 else what,
         f"w={options.scale:g}",
@@ -163,7 +165,7 @@ def training_grid(run: Run, network: nn.Module, step: int) -> Path:
         The picture's path, `samples/step-*.png` in the run.
     """
     options = replace(run.config.sample, n=4, steps=min(run.config.sample.steps, 20), micro_batch=16)
-    clusters: list[int] | None = [int(c) for c in np.argsort(run.facts.histogram)[::-1][:4]]
+    clusters: list[int | Mix] | None = [int(c) for c in np.argsort(run.facts.histogram)[::-1][:4]]
     if not run.config.model.guided:
         clusters, options = None, replace(options, scale=0.0)
     picture, _ = sample_grid(Sampler(run, network), clusters, options)

@@ -6,63 +6,24 @@ A short last micro-batch is padded, so that the arithmetic of an image never dep
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ldm_sg.config import SampleConfig
-from ldm_sg.data import to_uint8
-from ldm_sg.diffusion import PARAMETERISATIONS, SAMPLERS, denoiser, guided_network
+from ldm_sg.data import to_model_range, to_uint8
+from ldm_sg.diffusion import PARAMETERISATIONS, SAMPLERS, ddim_invert, denoiser, guided_network, within_interval
+from ldm_sg.diffusion.guidance import Network
+from ldm_sg.diffusion.parameterisation import Denoise
+from ldm_sg.diffusion.samplers import Trace
 from ldm_sg.hardware import autocast, choose_device, choose_dtype
-from ldm_sg.model import one_hot
+from ldm_sg.model import BoundUNet
+from ldm_sg.sample.requests import Request, labels
 from ldm_sg.sample.seeds import SeededNoise
 from ldm_sg.train.checkpoint import load_weights
 from ldm_sg.train.run import Run, build_network, build_run_schedule
-
-
-@dataclass(frozen=True)
-class Request:
-    """One image to make: its seed, and its cluster (None only without guidance)."""
-
-    seed: int
-    cluster: int | None
-
-
-def cluster_requests(clusters: Sequence[int], n: int, seed: int, num_clusters: int) -> list[Request]:
-    """Ask for n images of each cluster; image j of every cluster has seed + j, so columns share their noise.
-
-    Args:
-        clusters: ids in [0, K).
-        n: images per cluster.
-        seed: of the first image.
-        num_clusters: K.
-    Returns:
-        len(clusters) * n requests, cluster by cluster.
-    Raises:
-        ValueError: for an id outside [0, K).
-    """
-    for cluster in clusters:
-        if not 0 <= cluster < num_clusters:
-            raise ValueError(f"got cluster {cluster}, expected 0 to {num_clusters - 1}: --list shows them")
-    return [Request(seed + j, c) for c in clusters for j in range(n)]
-
-
-def histogram_requests(histogram: Sequence[int], n: int, seed: int) -> list[Request]:
-    """Ask for n images whose clusters follow the training set; image i's cluster depends on its seed alone.
-
-    Args:
-        histogram: (K,) training images per cluster.
-        n: images.
-        seed: of the first image.
-    Returns:
-        n requests.
-    Source: paper appendix B, "guidance signal from the training distribution".
-    """
-    bounds = np.cumsum(histogram) / np.sum(histogram)
-    draws = [np.random.default_rng((17, seed + i)).random() for i in range(n)]
-    return [Request(seed + i, int(np.searchsorted(bounds, u, side="right"))) for i, u in enumerate(draws)]
 
 
 class Sampler:
@@ -74,6 +35,7 @@ class Sampler:
         device: None chooses one.
     Raises:
         FileNotFoundError: if the run has no checkpoint yet.
+        ValueError: if the checkpoint's weights do not fit the run or are not finite.
     """
 
     def __init__(self, run: Run, network: nn.Module | None = None, device: torch.device | None = None):
@@ -91,6 +53,12 @@ class Sampler:
             )
         network = build_network(self.run.config.model, self.run.facts)
         load_weights(network, latest / "ema.safetensors")
+        broken = [name for name, t in network.state_dict().items() if not t.isfinite().all()]
+        if broken:
+            raise ValueError(
+                f"{latest}: {broken[0]} holds values that are no numbers: put another checkpoint's name into "
+                f"{self.run.path / 'latest'}, or train again with a lower train.lr"
+            )
         return network.eval().to(self.device, memory_format=torch.channels_last)
 
     def images(
@@ -103,13 +71,13 @@ class Sampler:
 
         Args:
             requests: what to make.
-            options: sampler, steps, scale, eta, micro_batch.
+            options: sampler, steps, scale, guidance_interval, eta, micro_batch.
             progress: called with the number of images just made.
         Returns:
             Iterator of (b, S, S, 3) uint8, in the order of the requests.
         """
         for latents, count in self._micro_batches(requests, options):
-            pixels = to_uint8(self.autoencoder.decode(self.run.facts.restore(latents)))[:count]
+            pixels = self._pixels(latents)[:count]
             if progress is not None:
                 progress(len(pixels))
             yield pixels
@@ -119,32 +87,124 @@ class Sampler:
         for latents, count in self._micro_batches(requests, options):
             yield latents[:count]
 
-    def _micro_batches(self, requests: Sequence[Request], options: SampleConfig) -> Iterator[tuple[Tensor, int]]:
-        """Yield latents (micro_batch, C, h, w) and how many of them were asked for; the rest is padding."""
-        size = options.micro_batch
-        for start in range(0, len(requests), size):
-            part = list(requests[start : start + size])
-            yield self._micro_batch(part + [part[-1]] * (size - len(part)), options), len(part)
+    def denoising(self, request: Request, options: SampleConfig, moments: int) -> np.ndarray:
+        """Show how an image comes about.
+
+        Args:
+            request: the image.
+            options: as for `images`.
+            moments: how many of the steps to show, evenly spread; the last is the image.
+        Returns:
+            (2, moments, S, S, 3) uint8: x_t in units of its deviation, and the predicted x_0.
+        Source: paper figures 16, 23 and 24.
+        """
+        trajectory = self.schedule.trajectory(options.steps)
+        shown = {round(i) for i in np.linspace(0, options.steps - 1, moments)}
+        noisy: list[Tensor] = []
+        predicted: list[Tensor] = []
+
+        def keep(i: int, x: Tensor, x0: Tensor) -> None:
+            if i in shown:
+                noisy.append(x[:1] / float(torch.hypot(trajectory.alpha[i + 1], trajectory.sigma[i + 1])))
+                predicted.append(x0[:1])
+
+        list(self._micro_batches([request], options, keep))
+        return np.stack([self._pixels(torch.cat(latents)) for latents in (noisy, predicted)])
 
     @torch.inference_mode()
-    def _micro_batch(self, requests: list[Request], options: SampleConfig) -> Tensor:
+    def invert(self, images: np.ndarray, requests: Sequence[Request], options: SampleConfig) -> Tensor:
+        """Find the noise from which DDIM makes given images.
+
+        Args:
+            images: (b, S, S, 3) uint8.
+            requests: b; the guidance and scale under which each is inverted.
+            options: steps, scale, guidance_interval; sampling back takes the same ones, with sampler ddim.
+        Returns:
+            (b, C, h, w), for `Request.start`.
+        Raises:
+            ValueError: if the images have another size than the run's.
+        Source: Song et al. (2021), section 4.3.
+        """
+        size = self.run.facts.size_px
+        if images.shape[1:] != (size, size, 3):
+            raise ValueError(f"got images of {images.shape[1:]}, expected ({size}, {size}, 3): crop and resize them")
+        moments = self.autoencoder.encode(to_model_range(images))
+        z = self.run.facts.standardise(moments[:, : self.run.facts.latent_shape[0]]).to(self.device)
+        with autocast(self.device, self.dtype):
+            return ddim_invert(self._denoise(list(requests), options), z, self.schedule.trajectory(options.steps))
+
+    def _pixels(self, latents: Tensor) -> np.ndarray:
+        return to_uint8(self.autoencoder.decode(self.run.facts.restore(latents)))
+
+    def _micro_batches(
+        self, requests: Sequence[Request], options: SampleConfig, trace: Trace | None = None
+    ) -> Iterator[tuple[Tensor, int]]:
+        """Yield latents (micro_batch, C, h, w) and how many of them were asked for; the rest is padding.
+
+        Requests whose scales take other forwards never share a micro-batch.
+        """
+        size = options.micro_batch
+        for _, group in groupby(requests, lambda request: _forwards(_scale(request, options))):
+            alike = list(group)
+            for start in range(0, len(alike), size):
+                part = alike[start : start + size]
+                yield self._micro_batch(part + [part[-1]] * (size - len(part)), options, trace), len(part)
+
+    @torch.inference_mode()
+    def _micro_batch(self, requests: list[Request], options: SampleConfig, trace: Trace | None) -> Tensor:
         noise = SeededNoise([r.seed for r in requests], self.run.facts.latent_shape)
         trajectory = self.schedule.trajectory(options.steps)
-        x = noise.draw().to(self.device) * float(torch.hypot(trajectory.alpha[0], trajectory.sigma[0]))
-        network = guided_network(self._forward, self._guidance(requests, options.scale), options.scale)
-        denoise = denoiser(network, self.schedule, self.parameterisation)
-        fresh = (lambda i: noise.draw().to(self.device)) if options.eta else None
-        return SAMPLERS[options.sampler](denoise, x, trajectory, eta=options.eta, noise=fresh)
+        x = noise.draw() * float(torch.hypot(trajectory.alpha[0], trajectory.sigma[0]))
+        for row, request in zip(x, requests, strict=True):
+            if request.start is not None:
+                self._check_start(request.start)
+                row.copy_(request.start)
+        sample = SAMPLERS[options.sampler]
+        with autocast(self.device, self.dtype):  # around all steps: bf16 weights are cast once
+            denoise = self._denoise(requests, options)
+            return sample(
+                denoise,
+                x.to(self.device),
+                trajectory,
+                eta=options.eta,
+                noise=lambda i: noise.draw().to(self.device),
+                trace=trace,
+            )
 
-    def _forward(self, x: Tensor, time: Tensor, **guidance: Tensor) -> Tensor:
-        with autocast(self.device, self.dtype):
-            return self.network(x.contiguous(memory_format=torch.channels_last), time, **guidance)
+    def _denoise(self, requests: list[Request], options: SampleConfig) -> Denoise:
+        """Build the guided denoiser of a micro-batch."""
+        scale, guidance = torch.tensor([_scale(r, options) for r in requests]), self._guidance(requests, options)
 
-    def _guidance(self, requests: list[Request], scale: float) -> dict[str, Tensor]:
-        facts = self.run.facts
+        def build(w: Tensor) -> Denoise:
+            return denoiser(guided_network(self._bind, guidance, w), self.schedule, self.parameterisation)
+
+        interval, plain = options.guidance_interval, scale.clamp(0, 1)
+        if interval is None or torch.equal(plain, scale):
+            return build(scale)
+        return within_interval(build(scale), build(plain), self.schedule, interval)
+
+    def _bind(self, guidance: dict[str, Tensor]) -> Network:
+        bound = BoundUNet(self.network, **guidance)
+        return lambda x, time: bound(x.contiguous(memory_format=torch.channels_last), time)
+
+    def _guidance(self, requests: list[Request], options: SampleConfig) -> dict[str, Tensor]:
         if not self.run.config.model.guided:
-            if scale != 0:
+            if any(_scale(r, options) != 0 for r in requests):
                 raise ValueError(f"run {self.run.name} was trained without guidance: sample it with --unguided")
             return {}
-        clusters = torch.tensor([r.cluster or 0 for r in requests])
-        return {"label": one_hot(clusters, facts.num_clusters).to(self.device)}
+        return {"label": labels([r.cluster for r in requests], self.run.facts.num_clusters).to(self.device)}
+
+    def _check_start(self, start: Tensor) -> None:
+        if list(start.shape) != self.run.facts.latent_shape:
+            raise ValueError(
+                f"got a start of {tuple(start.shape)}, expected {tuple(self.run.facts.latent_shape)}, the run's latents"
+            )
+
+
+def _scale(request: Request, options: SampleConfig) -> float:
+    return options.scale if request.scale is None else request.scale
+
+
+def _forwards(w: float) -> tuple[bool, bool]:
+    """Tell scales apart by the forwards they take: one of B or of 2B, within the guidance interval and outside."""
+    return w in (0, 1), 0 <= w <= 1

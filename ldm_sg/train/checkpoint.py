@@ -90,7 +90,20 @@ def load_weights(network: nn.Module, path: Path) -> None:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit this network: {' '.join(str(error).split())[:200]}") from error
+        said = f"{_fields_that_differ(weights, network)}: {' '.join(str(error).split())[:120]}"
+        raise ValueError(f"{path} does not fit this network, another run's configuration made it; {said}") from error
+
+
+def _fields_that_differ(found: dict[str, torch.Tensor], network: nn.Module) -> str:
+    """Name the settings in which weights and network differ, as far as names and shapes tell: "model.base 8 != 16"."""
+    expected, said = network.state_dict(), []
+    shown = {"model.base": ("time_embed.0.weight", 1), "clusters": ("label_embed.0.weight", 1)}
+    for field, (name, dim) in {**shown, "latent channels": ("conv_out.bias", 0)}.items():
+        a, b = (int(t[name].shape[dim]) if name in t else 0 for t in (found, expected))
+        said += [f"{field} {a} != {b}"] * (a != b)
+    a, b = ("tokens.project.weight" in t for t in (found, expected))
+    said += [f"model.tokens {a} != {b}"] * (a != b)
+    return "; ".join(said) or "model.multipliers, num_blocks or attention differ"
 
 
 def _read(path: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

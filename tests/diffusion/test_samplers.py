@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_sg.diffusion import PARAMETERISATIONS, SAMPLERS, Trajectory, build_schedule, denoiser
+from ldm_sg.diffusion import PARAMETERISATIONS, SAMPLERS, Trajectory, build_schedule, ddim_invert, denoiser
 from ldm_sg.diffusion.parameterisation import Denoise
 
 ORDERS = {"ddim": 1.0, "heun": 2.0, "dpm++2m": 2.0}
+STOCHASTIC = {"ddpm"}
 MEAN, STD = 1.5, 0.7
 
 
@@ -61,7 +62,7 @@ def error(name: str, trajectory: Trajectory) -> float:
 
 
 def test_every_sampler_is_tested() -> None:
-    assert ORDERS.keys() == SAMPLERS.keys()
+    assert ORDERS.keys() | STOCHASTIC == SAMPLERS.keys()
 
 
 @pytest.mark.parametrize(("name", "order"), ORDERS.items())
@@ -73,7 +74,7 @@ def test_order_of_convergence_on_edm(name: str, order: float) -> None:
     assert errors[-1] < (0.1 if order == 1 else 0.005)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ORDERS)
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
 def test_convergence_on_discrete_schedules(schedule: str, name: str) -> None:
     made = build_schedule(schedule)
@@ -88,7 +89,7 @@ def test_a_single_image_is_reached_in_any_number_of_steps(schedule: str, name: s
     for n in (1, 2, 7):
         trajectory = build_schedule(schedule).trajectory(n)
         x = start(trajectory)
-        got = SAMPLERS[name](gaussian(trajectory, std=0.0), x, trajectory)
+        got = SAMPLERS[name](gaussian(trajectory, std=0.0), x, trajectory, noise=lambda i: torch.ones(1, 1, 3, 3))
         torch.testing.assert_close(got, torch.full_like(x, MEAN), rtol=1e-9, atol=1e-9)
 
 
@@ -98,7 +99,8 @@ def test_price_and_trace(name: str) -> None:
     calls: list[float] = []
     trace: list[tuple[int, Tensor, Tensor]] = []
     denoise = counted(gaussian(trajectory), calls)
-    out = SAMPLERS[name](denoise, start(trajectory), trajectory, trace=lambda *seen: trace.append(seen))
+    noise = lambda i: torch.ones(1, 1, 3, 3)  # noqa: E731
+    out = SAMPLERS[name](denoise, start(trajectory), trajectory, noise=noise, trace=lambda *seen: trace.append(seen))
     assert len(calls) == (2 * 6 - 1 if name == "heun" else 6)
     assert set(calls) == set(trajectory.time[:-1].tolist())  # the clean time is never denoised
     assert [i for i, _, _ in trace] == list(range(6))
@@ -158,8 +160,9 @@ def test_ancestral_ddim_is_ddpm() -> None:
         x0, _ = denoise(x, trajectory.time[i])
         mean = bar_next.sqrt() * beta / (1 - bar) * x0 + (1 - beta).sqrt() * (1 - bar_next) / (1 - bar) * x
         x = mean + torch.sqrt((1 - bar_next) / (1 - bar) * beta) * fresh[i]
-    got = SAMPLERS["ddim"](denoise, start(trajectory), trajectory, eta=1.0, noise=lambda i: fresh[i])
-    torch.testing.assert_close(got, x)
+    for name, eta in (("ddim", 1.0), ("ddpm", 0.0)):
+        got = SAMPLERS[name](denoise, start(trajectory), trajectory, eta=eta, noise=lambda i: fresh[i])
+        torch.testing.assert_close(got, x)
 
 
 def spread(trajectory: Trajectory, std: float, eta: float) -> float:
@@ -179,6 +182,64 @@ def test_marginals_are_kept_at_any_eta(schedule: str, eta: float) -> None:
     for stop in range(2, 13):
         part = cut(whole, stop)
         assert spread(part, 0.0, eta) == pytest.approx(float(part.sigma[-1]) ** 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("schedule", ["scaled_linear", "cosine", "edm"])
+def test_moments_follow_the_linear_recursion(schedule: str, eta: float) -> None:
+    """x_s = a x_t + b + tau z for Gaussian data: mean and variance step by step, with a, b, tau written out."""
+    trajectory = build_schedule(schedule).trajectory(20)
+    time, alpha, sigma = (field.tolist() for field in trajectory)
+    mean, variance = alpha[0] * MEAN, (alpha[0] * STD) ** 2 + sigma[0] ** 2
+    for i in range(20):
+        gain = alpha[i] * STD**2 / ((alpha[i] * STD) ** 2 + sigma[i] ** 2)  # d x0 / d x_t
+        tau = eta * math.sqrt(
+            max(0.0, sigma[i + 1] ** 2 * (1 - (alpha[i] * sigma[i + 1] / (alpha[i + 1] * sigma[i])) ** 2))
+        )
+        along = math.sqrt(max(0.0, sigma[i + 1] ** 2 - tau**2)) / sigma[i]
+        a = (alpha[i + 1] - along * alpha[i]) * gain + along
+        b = (alpha[i + 1] - along * alpha[i]) * MEAN * (1 - alpha[i] * gain)
+        mean, variance = a * mean + b, a**2 * variance + tau**2
+    assert spread(trajectory, STD, eta) == pytest.approx(variance, rel=1e-9)
+    x = torch.full((1, 1, 1, 1), alpha[0] * MEAN, dtype=torch.float64)
+    got = SAMPLERS["ddim"](gaussian(trajectory), x, trajectory, eta=eta, noise=lambda i: torch.zeros_like(x))
+    assert float(got) == pytest.approx(mean, rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["scaled_linear", "edm"])
+@pytest.mark.parametrize("iterations", [1, 3, 30])
+def test_inversion_undoes_ddim(iterations: int, schedule: str) -> None:
+    trajectory = build_schedule(schedule).trajectory(40)
+    calls: list[float] = []
+    denoise, noise = gaussian(trajectory), start(trajectory)
+    image = SAMPLERS["ddim"](denoise, noise, trajectory)
+    found = ddim_invert(counted(denoise, calls), image, trajectory, iterations=iterations)
+    assert len(calls) == 40 * iterations and 0.0 not in calls  # the clean time is never denoised
+    again = SAMPLERS["ddim"](denoise, found, trajectory)
+    tolerance = {1: 0.2, 3: 0.01, 30: 1e-6}[iterations]
+    torch.testing.assert_close(again, image, rtol=0, atol=tolerance)
+
+
+def test_inversion_needs_an_iteration() -> None:
+    trajectory = build_schedule("edm").trajectory(3)
+    with pytest.raises(ValueError, match="got 0 iterations"):
+        ddim_invert(gaussian(trajectory), start(trajectory), trajectory, iterations=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 50, 200, 250, 256, 300, 400, 999, 1000])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_exactly_n_steps(name: str, steps: int) -> None:
+    trajectory, calls = build_schedule("scaled_linear").trajectory(steps), []
+    x, seen = torch.zeros(1, 1, 1, 1, dtype=torch.float64), []
+    SAMPLERS[name](
+        counted(gaussian(trajectory), calls),
+        x,
+        trajectory,
+        noise=lambda i: torch.zeros_like(x),
+        trace=lambda i, *_: seen.append(i),
+    )
+    assert seen == list(range(steps))
+    assert len(calls) == (2 * steps - 1 if name == "heun" else steps)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -208,8 +269,10 @@ def test_fresh_noise_changes_the_sample_only_when_asked() -> None:
     ("name", "options", "match"),
     [
         ("ddim", {"eta": 0.5}, "got eta 0.5 without noise"),
-        ("heun", {"eta": 1.0}, "got eta 1.0, expected 0: heun is deterministic"),
-        ("dpm++2m", {"eta": 1.0}, "got eta 1.0, expected 0: dpm\\+\\+2m is deterministic"),
+        ("heun", {"eta": 1.0}, "got eta 1.0, expected 0: heun has no eta"),
+        ("dpm++2m", {"eta": 1.0}, "got eta 1.0, expected 0: dpm\\+\\+2m has no eta"),
+        ("ddpm", {"eta": 1.0}, "got eta 1.0, expected 0: ddpm has no eta"),
+        ("ddpm", {}, "got eta 1.0 without noise"),
     ],
 )
 def test_impossible_eta_is_refused(name: str, options: dict[str, float], match: str) -> None:
@@ -218,7 +281,7 @@ def test_impossible_eta_is_refused(name: str, options: dict[str, float], match: 
         SAMPLERS[name](gaussian(trajectory), start(trajectory), trajectory, **options)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ORDERS)
 @pytest.mark.parametrize(("parameterisation", "schedule"), [("eps", "linear"), ("v", "cosine"), ("edm", "edm")])
 def test_network_to_image_in_float32(parameterisation: str, schedule: str, name: str) -> None:
     """Every parameterisation with a perfect network, through `denoiser`, samples as the exact denoiser does."""

@@ -141,6 +141,25 @@ def test_guidance_that_the_network_cannot_use_is_refused(name: str) -> None:
         network(torch.zeros(1, 4, 8, 8), torch.zeros(1), **{name: given})
 
 
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"x": (1, 3, 8, 8)}, "got latents of shape (1, 3, 8, 8), expected 4 channels"),
+        ({"x": (1, 4, 9, 8)}, "sides divisible by 2"),
+        ({"label": (1, 6)}, "got label guidance of width 6, expected 5"),
+        ({"spatial": (1, 1, 8, 8)}, "got spatial guidance of width 1, expected 2"),
+        ({"spatial": (1, 2, 4, 4)}, "got masks of (4, 4), expected the latents' (8, 8)"),
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_fit_are_refused(shapes: dict[str, tuple[int, ...]], words: str) -> None:
+    given = {"x": (1, 4, 8, 8), "label": (1, 5), "spatial": (1, 2, 8, 8)} | shapes
+    network = UNet(4, 5, 2, base=32, multipliers=(1, 2), attention=None, num_blocks=1)
+    with pytest.raises(ValueError) as raised:
+        network(time=torch.zeros(1), **{name: torch.zeros(shape) for name, shape in given.items()})
+    assert words in str(raised.value)
+
+
 def test_layout_does_not_matter() -> None:
     network = tiny(num_clusters=5, tokens=True, spatial_channels=2)
     x, time = inputs()

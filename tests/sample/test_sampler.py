@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm_sg.config import Config, SampleConfig
-from ldm_sg.sample import Request, Sampler, cluster_requests, histogram_requests
+from ldm_sg.data import to_model_range, to_uint8
+from ldm_sg.diffusion import SAMPLERS, denoiser
+from ldm_sg.model import UNet
+from ldm_sg.sample import Request, Sampler
+from ldm_sg.sample.requests import labels
+from ldm_sg.sample.seeds import SeededNoise
 from ldm_sg.store import Store
 from ldm_sg.train import Run, open_run, resume_or_create
 from ldm_sg.train.run import build_network
@@ -36,7 +45,9 @@ def images(model: Sampler, requests: Sequence[Request], **changes: Any) -> np.nd
     return np.concatenate(list(model.images(requests, replace(OPTIONS, **changes))))
 
 
-@pytest.mark.parametrize("changes", [{}, {"scale": 1.0}, {"eta": 1.0}, {"sampler": "heun"}, {"sampler": "dpm++2m"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"scale": 1.0}, {"eta": 1.0}, {"sampler": "heun"}, {"sampler": "dpm++2m"}, {"sampler": "ddpm"}]
+)
 def test_image_does_not_depend_on_the_request_size(sampler: Sampler, changes: dict[str, Any]) -> None:
     requests = [Request(100 + i, i % 3) for i in range(16)]
     many = images(sampler, requests, **changes)
@@ -93,32 +104,6 @@ def test_progress_counts_images(sampler: Sampler) -> None:
     assert counted == [4, 2]
 
 
-def test_cluster_requests_share_their_noise() -> None:
-    requests = cluster_requests([4, 0], 3, seed=10, num_clusters=5)
-    assert [(r.seed, r.cluster) for r in requests] == [(10, 4), (11, 4), (12, 4), (10, 0), (11, 0), (12, 0)]
-
-
-@pytest.mark.parametrize("cluster", [-1, 5, 99])
-def test_unknown_cluster(cluster: int) -> None:
-    with pytest.raises(ValueError, match=f"got cluster {cluster}, expected 0 to 4: --list shows them"):
-        cluster_requests([0, cluster], 2, 0, num_clusters=5)
-
-
-def test_histogram_requests_follow_the_histogram() -> None:
-    histogram = [50, 0, 30, 20]
-    requests = histogram_requests(histogram, 4000, seed=0)
-    found = np.bincount([r.cluster for r in requests], minlength=4)
-    assert found[1] == 0
-    np.testing.assert_allclose(found / 4000, np.array(histogram) / 100, atol=0.03)
-    assert [r.seed for r in requests] == list(range(4000))
-
-
-def test_histogram_requests_depend_on_their_seed_alone() -> None:
-    many = histogram_requests([5, 3, 2], 40, seed=7)
-    assert histogram_requests([5, 3, 2], 10, seed=7) == many[:10]
-    assert histogram_requests([5, 3, 2], 10, seed=17) == many[10:20]
-
-
 def test_run_samples_with_its_store_gone(tiny_config: Config, tiny_store: Store, tmp_path: Path) -> None:
     store = Store.open(shutil.copytree(tiny_store.folder, tmp_path / "store"))
     run = resume_or_create(tmp_path / "run", tiny_config, store)
@@ -135,8 +120,6 @@ def test_run_without_a_checkpoint(tiny_config: Config, tiny_store: Store, tmp_pa
 
 
 def test_sampler_uses_the_averaged_weights(tiny_run: Run) -> None:
-    from safetensors.torch import load_file
-
     latest = tiny_run.latest()
     assert latest is not None
     averaged = load_file(latest / "ema.safetensors")
@@ -151,3 +134,130 @@ def test_unguided_run(tiny_config: Config, tiny_store: Store, tmp_path: Path) ->
     assert images(sampler, [Request(0, None)], scale=0.0).shape == (1, 64, 64, 3)
     with pytest.raises(ValueError, match="was trained without guidance: sample it with --unguided"):
         images(sampler, [Request(0, 1)])
+
+
+def plain_latents(sampler: Sampler, requests: Sequence[Request], label: torch.Tensor) -> torch.Tensor:
+    """DDIM with the network's own forward under one label, no guidance rule and nothing folded."""
+    trajectory = sampler.schedule.trajectory(OPTIONS.steps)
+    x = torch.cat([SeededNoise([r.seed], sampler.run.facts.latent_shape).draw() for r in requests])
+
+    def network(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        return sampler.network(x.contiguous(memory_format=torch.channels_last), time, label)
+
+    with torch.inference_mode():
+        scaled = x * float(torch.hypot(trajectory.alpha[0], trajectory.sigma[0]))
+        return SAMPLERS["ddim"](denoiser(network, sampler.schedule, sampler.parameterisation), scaled, trajectory)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_ends_are_the_unconditional_and_conditional_network(
+    sampler: Sampler, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [Request(i, i % 3) for i in range(4)]
+    label = labels([r.cluster for r in requests], 3) * scale
+    expected = plain_latents(sampler, requests, label)
+    sizes: list[int] = []
+    forward = UNet.trunk
+    monkeypatch.setattr(UNet, "trunk", lambda self, x, *rest: (sizes.append(len(x)), forward(self, x, *rest))[1])
+    got = next(iter(sampler.latents(requests, replace(OPTIONS, scale=scale))))
+    assert sizes == [4] * OPTIONS.steps  # one forward of B per step
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    bound = [Request(r.seed, r.cluster if scale else None, scale=1.0) for r in requests]
+    assert torch.equal(next(iter(sampler.latents(bound, OPTIONS))), got)
+
+
+def test_every_request_may_have_its_own_scale(sampler: Sampler) -> None:
+    requests = [Request(3, 1, scale=w) for w in (0.0, 1.0, 0.5, 2.0, 4.0, 1.0)]
+    together = images(sampler, requests)
+    for request, image in zip(requests, together, strict=True):
+        np.testing.assert_array_equal(images(sampler, [Request(3, 1)], scale=request.scale)[0], image)
+    assert len({image.tobytes() for image in together}) == 5
+
+
+def test_mixes_guide(sampler: Sampler) -> None:
+    made = images(sampler, [Request(3, c) for c in (0, ((0, 1.0),), ((0, 0.5), (1, 0.5)), 1)])
+    np.testing.assert_array_equal(made[0], made[1])
+    assert len({image.tobytes() for image in made}) == 3
+
+
+def test_interval_of_all_noise_is_no_interval(sampler: Sampler) -> None:
+    requests = [Request(3, 1)]
+    everywhere, guided, conditional = (
+        images(sampler, requests, guidance_interval=[0.0, 1e9]),
+        images(sampler, requests),
+        images(sampler, requests, scale=1.0),
+    )
+    np.testing.assert_array_equal(everywhere, guided)
+    np.testing.assert_array_equal(images(sampler, requests, guidance_interval=[1e8, 1e9]), conditional)
+    part = images(sampler, requests, guidance_interval=[1.0, 10.0])  # of 60, 2.8 and 0.01 the middle one
+    assert (part != guided).any() and (part != conditional).any()
+    free = images(sampler, requests, scale=0.0)
+    np.testing.assert_array_equal(images(sampler, requests, scale=0.0, guidance_interval=[0.0, 1.0]), free)
+
+
+def test_denoising_ends_at_the_image(sampler: Sampler) -> None:
+    options = replace(OPTIONS, steps=7)
+    noisy, predicted = sampler.denoising(Request(3, 1), options, 3)
+    assert noisy.shape == predicted.shape == (3, 64, 64, 3)
+    image = images(sampler, [Request(3, 1)], steps=7)[0]
+    for last in (noisy[-1], predicted[-1]):
+        assert np.abs(last.astype(int) - image).max() <= 1  # decoded in a batch of another size
+    assert (noisy[0] != image).any() and (predicted[0] != image).any()
+
+
+def test_inverted_images_come_back(tiny_run: Run) -> None:
+    sampler = Sampler(tiny_run)
+    real = images(sampler, [Request(i, None) for i in range(3)], scale=0.0, steps=20)
+    requests = [Request(0, None, scale=0.0)] * 3
+    start = sampler.invert(real, requests, replace(OPTIONS, steps=20))
+    assert start.shape == (3, 16, 4, 4)
+    again = images(sampler, [replace(r, start=x) for r, x in zip(requests, start, strict=True)], steps=20)
+    rebuilt = to_uint8(sampler.autoencoder.decode(sampler.autoencoder.encode(to_model_range(real))[:, :16]))
+    assert np.square(rebuilt.astype(float) - again).mean() < 255**2 / 10**3  # 30 dB
+    with pytest.raises(ValueError, match="expected \\(64, 64, 3\\)"):
+        sampler.invert(real[:, :32], requests, OPTIONS)
+
+
+def test_start_of_the_wrong_size(sampler: Sampler) -> None:
+    with pytest.raises(ValueError, match=r"got a start of \(4, 8, 8\), expected \(16, 4, 4\)"):
+        images(sampler, [Request(0, 0, start=torch.zeros(4, 8, 8))])
+
+
+@pytest.mark.parametrize(("steps", "scale"), [(0, 2.0), (3, float("nan"))])
+def test_impossible_requests(sampler: Sampler, steps: int, scale: float) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        images(sampler, [Request(0, 0)], steps=steps, scale=scale)
+
+
+def test_weights_that_are_no_numbers(tiny_run: Run, tmp_path: Path) -> None:
+    run = open_run(shutil.copytree(tiny_run.path, tmp_path / "run"))
+    latest = run.latest()
+    assert latest is not None
+    weights = load_file(latest / "ema.safetensors")
+    weights["conv_in.bias"][0] = float("nan")
+    save_file(weights, latest / "ema.safetensors")
+    with pytest.raises(ValueError, match=r"conv_in\.bias holds values that are no numbers"):
+        Sampler(run)
+
+
+OTHER_PROCESS = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from ldm_sg.sample import Request, Sampler
+from ldm_sg.train import open_run
+torch.set_num_threads(int(sys.argv[3]))
+run = open_run(Path(sys.argv[1]))
+made = Sampler(run).latents([Request(i, i % 3) for i in range(1, 7, 2)], run.config.sample)
+save_file({"latents": torch.cat(list(made))}, sys.argv[2])
+"""
+
+
+def test_processes_make_the_same_images(tiny_run: Run, tmp_path: Path) -> None:
+    arguments = [tiny_run.path, tmp_path / "odd.safetensors", torch.get_num_threads()]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-c", OTHER_PROCESS, *map(str, arguments)]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    made = Sampler(tiny_run).latents([Request(i, i % 3) for i in range(7)], tiny_run.config.sample)
+    assert torch.equal(load_file(tmp_path / "odd.safetensors")["latents"], torch.cat(list(made))[1::2])

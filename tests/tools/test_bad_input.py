@@ -260,6 +260,31 @@ def test_impossible_samples(flags: tuple[Any, ...], word: str, refused: Any, pla
     assert word in refused("sample_grid.py", "--run", "tiny", *flags, cwd=place)
 
 
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--cluster", "1:x"), "got cluster '1:x', expected a form like 3, 3:0.7,17:0.3"),
+        (("--cluster", "1:0.5,9:0.5"), "got cluster 9, expected 0 to 2"),
+        (("--cluster", 0, "--interpolate"), "expected two of --cluster"),
+        (("--trace",), "got no --cluster"),
+        (("--cluster", 0, "--image", "missing.png"), "no image at missing.png"),
+        (("--guidance-interval", 2, 1), "sample.guidance_interval: got [2.0, 1.0]"),
+        (("--steps", 2, "--sampler", "ddpm", "--scale", "inf"), "sample.scale"),
+    ],
+    ids=str,
+)
+def test_impossible_guidance(flags: tuple[Any, ...], word: str, refused: Any, place: Path) -> None:
+    assert word in refused("sample_grid.py", "--run", "tiny", *flags, cwd=place)
+
+
+def test_every_kind_of_picture(tool: Any, place: Path, image_folder: Path) -> None:
+    photo = sorted(image_folder.rglob("*.png"))[0]
+    for flags in (("1:0.7,2:0.3",), (0, 1, "--trace"), (0, 1, "--interpolate"), (2, "--image", photo)):
+        done = tool("sample_grid.py", "--run", "tiny", "--guidance-interval", 0.1, 5, "--cluster", *flags, cwd=place)
+        assert done.returncode == 0, done.stderr
+        assert (place / done.stdout.splitlines()[-1]).is_file()
+
+
 def test_sampling_goes_on_without_the_store(tool: Any, place: Path) -> None:
     shutil.rmtree(place / "stores")
     done = tool("sample_grid.py", "--run", "tiny", "--cluster", 1, cwd=place)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from ldm_sg.model import UNet
 from ldm_sg.train import checkpoint
 from ldm_sg.train.checkpoint import list_checkpoints, load_checkpoint, load_weights, save_checkpoint
 from ldm_sg.train.ema import EMA
@@ -102,3 +105,22 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"network.safetensors does not fit this network") as raised:
         load_weights(nn.Linear(4, 3), folder / "network.safetensors")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"base": 16}, "model.base 16 != 8"),
+        ({"num_clusters": 5}, "clusters 5 != 3"),
+        ({"tokens": True}, "model.tokens True != False"),
+        ({"channels": 2}, "latent channels 2 != 4"),
+        ({"multipliers": (1, 2)}, "model.multipliers, num_blocks or attention differ"),
+    ],
+    ids=str,
+)
+def test_fields_that_differ_are_named(other: dict[str, Any], words: str, tmp_path: Path) -> None:
+    settings = {"channels": 4, "num_clusters": 3, "base": 8, "multipliers": (1,), "attention": (1,), "num_blocks": 1}
+    save_file(UNet(**(settings | {"heads": 2} | other)).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="another run's configuration") as raised:
+        load_weights(UNet(**settings, heads=2), tmp_path / "other.safetensors")
+    assert words in str(raised.value)
