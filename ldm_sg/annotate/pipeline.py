@@ -21,7 +21,7 @@ from ldm_sg.annotate.kmeans import ITERATIONS, RESTARTS, engine, fit_kmeans
 from ldm_sg.annotate.projection import Projection, fit_projection
 from ldm_sg.annotate.quality import normalised_mutual_information
 from ldm_sg.annotate.views import LATENT_NOISE, crop_views, decoded_views
-from ldm_sg.autoencoder import FITS, Autoencoder, load_autoencoder
+from ldm_sg.autoencoder import Autoencoder, fit_autoencoder, load_autoencoder
 from ldm_sg.config import AnnotateConfig
 from ldm_sg.data import ImageSource, batches, to_model_range
 from ldm_sg.store import Store, StoreWriter, has_column, hash_config, write_asset, write_column
@@ -94,7 +94,7 @@ def fit_encoders(config: AnnotateConfig, source: ImageSource, keys: list[str], c
             load_autoencoder(config.autoencoder, _part(tensors, "autoencoder.")),
             load_features(config.features, _part(tensors, "features.")),
         )
-    autoencoder, features = FITS[config.autoencoder](config), FEATURES[config.features](config.size_px)
+    autoencoder, features = fit_autoencoder(config), FEATURES[config.features](config.size_px)
     bad = []
     for batch in _stream(config, source, keys, "fit"):
         autoencoder.add(batch["x"])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm_sg.model.attention import Attention
 from ldm_sg.model.blocks import ResBlock, time_features
@@ -43,6 +44,7 @@ class UNet(nn.Module):
         heads: attention heads.
         tokens: whether guidance tokens join the attention.
         dropout: inside the residual blocks.
+        checkpointing: whether training keeps only the stages' outputs and computes the rest again on the way back.
     Source: Dhariwal & Nichol (2021), section 3; Rombach et al. (2022), appendix; paper eq. 7, 8, 9 and table 11.
     """
 
@@ -59,8 +61,10 @@ class UNet(nn.Module):
         heads: int = 8,
         tokens: bool = False,
         dropout: float = 0.0,
+        checkpointing: bool = False,
     ):
         super().__init__()
+        self.checkpointing = checkpointing
         self.channels, self.num_clusters, self.spatial_channels = channels, num_clusters, spatial_channels
         self.base, self.downsample = base, 2 ** (len(multipliers) - 1)
         guided = num_clusters > 0
@@ -125,14 +129,19 @@ class UNet(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for stage in self.down:
-            h = stage(h, embedding, tokens)
+            h = self._run(stage, h, embedding, tokens)
             skips.append(h)
-        h = self.middle_out(self.middle_in(h, embedding, tokens), embedding)
+        h = self.middle_out(self._run(self.middle_in, h, embedding, tokens), embedding)
         for stage in self.up:
             if stage.block.resample == "none":
                 h = torch.cat([h, skips.pop()], dim=1)
-            h = stage(h, embedding, tokens)
+            h = self._run(stage, h, embedding, tokens)
         return self.conv_out(self.norm_out(h)).float()
+
+    def _run(self, stage: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(stage, *inputs, use_reentrant=False)
+        return stage(*inputs)
 
     @staticmethod
     def _refuse_unused(**guidance: tuple[Tensor | None, int]) -> None:

@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ldm_sg.config import Config, DiffusionConfig, ModelConfig, differences, loa
 from ldm_sg.diffusion import Schedule, build_schedule
 from ldm_sg.model import UNet
 from ldm_sg.store import Store
-from ldm_sg.store.format import map_tensors, write_tensors
+from ldm_sg.store.format import Tensors, map_tensors, write_tensors
 
 RUNS_ROOT = Path("runs")
 
@@ -52,6 +53,8 @@ class StoreFacts:
     def describe(self) -> str:
         """Say in one line what the guidance is: the annotation's provenance."""
         p = self.provenance
+        if "imported" in p:
+            return f"imported from {p['imported']}, without guidance; latents {self.autoencoder}"
         return (
             f"{self.num_images} images of {Path(self.dataset).name}, column {self.column}: {p['algorithm']}, "
             f"K={self.num_clusters}, seed {p['seed']}, on {self.features}; latents {self.autoencoder}"
@@ -144,6 +147,7 @@ def build_network(config: ModelConfig, facts: StoreFacts) -> UNet:
         heads=config.heads,
         tokens=config.tokens,
         dropout=config.dropout,
+        checkpointing=config.checkpointing,
     )
     if any(side % network.downsample for side in sides):
         raise ValueError(
@@ -242,20 +246,40 @@ def create_run(path: Path, config: Config, store: Store) -> Run:
         The opened run.
     """
     facts = facts_of(store, config.annotate.column)
+    features = {**store.asset("features")[0], **store.asset(f"clusters-{facts.column}")[0]}
+    with complete_folder(path) as partial:
+        write_run(partial, config, facts, store.asset("autoencoder")[0], features)
+    return open_run(path)
+
+
+def write_run(folder: Path, config: Config, facts: StoreFacts, autoencoder: Tensors, features: Tensors) -> None:
+    """Fill a run folder with everything but checkpoints.
+
+    Args:
+        folder: empty.
+        config: resolved.
+        facts: of the data.
+        autoencoder: what `Autoencoder.tensors` gave.
+        features: weights of the feature definition, and "centroids".
+    """
+    save_config(config, folder / "config.yaml")
+    (folder / "store.json").write_text(json.dumps(asdict(facts), indent=1))
+    for part, tensors in (("autoencoder", autoencoder), ("features", features)):
+        (folder / part).mkdir()
+        write_tensors(folder / part / "weights.safetensors", tensors, {})
+
+
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """Give a folder beside `path` to fill; it becomes `path` at the end, or goes away if anything fails."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        for part in ("autoencoder", "features"):
-            (partial / part).mkdir(parents=True)
-        save_config(config, partial / "config.yaml")
-        (partial / "store.json").write_text(json.dumps(asdict(facts), indent=1))
-        write_tensors(partial / "autoencoder" / "weights.safetensors", store.asset("autoencoder")[0], {})
-        weights = {**store.asset("features")[0], **store.asset(f"clusters-{facts.column}")[0]}
-        write_tensors(partial / "features" / "weights.safetensors", weights, {})
+        partial.mkdir()
+        yield partial
         partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return open_run(path)
 
 
 def open_run(path: Path) -> Run:
