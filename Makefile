@@ -1,15 +1,19 @@
 # make demo: everything from a bare machine to a report; make test: the tests. Both set up .venv first.
+# make faults: annotation killed at 50 random instants instead of the tests' 8, and every other fault.
 PYTHON ?= python3
 BIN := .venv/bin
 FAISS := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test faults lint bench setup clean
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" python tools/demo.py
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+faults: setup
+	OMP_NUM_THREADS=1 FAULT_KILLS=$(or $(KILLS),50) $(BIN)/python -m pytest tests/annotate/test_faults.py --durations 5
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_sg.annotate.pipeline import sample_rows
+from ldm_sg.annotate.fitting import sample_rows
 from ldm_sg.autoencoder import PatchPCA, PatchPCAFit
 from ldm_sg.data import batches, elpv_source, to_model_range
 from ldm_sg.evaluate.evaluation import psnr

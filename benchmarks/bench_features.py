@@ -22,8 +22,8 @@ from features_candidates import VIEWS, Project, Raw, candidates, fit_pca, log_en
 from torch import Tensor
 
 from ldm_sg.annotate.features import FEATURES, Extractor
+from ldm_sg.annotate.fitting import sample_rows
 from ldm_sg.annotate.kmeans import fit_kmeans, nearest
-from ldm_sg.annotate.pipeline import sample_rows
 from ldm_sg.annotate.projection import POWER
 from ldm_sg.annotate.quality import normalised_mutual_information as nmi
 from ldm_sg.annotate.views import LATENT_NOISE, crop_views, decoded_views

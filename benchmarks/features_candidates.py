@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_sg.annotate.projection import DIRECTIONS, Projection, fit_projection
+from ldm_sg.annotate.projection import DIRECTIONS, Projection, feature_moments, fit_projection
 
 VIEWS = ("crop", "flip_h", "flip_v", "decoded", "noised")
 
@@ -75,8 +75,9 @@ def train_network(raw: np.ndarray, fit: Raw, views: Sequence[str], steps: int = 
 def candidates(raw: np.ndarray, rows: np.ndarray, fit: Raw) -> dict[str, tuple[Sequence[str], Callable[[], Project]]]:
     """Every way to make k-means input of patch-quantiles: the views it learns from, and what fits it."""
 
-    def discriminant(views: Sequence[str], power: float) -> Callable[[], Project]:
-        return lambda: fit_projection(raw, [(rows, fit[v]) for v in views], DIRECTIONS, power)
+    def discriminant(views: Sequence[str], power: float, directions: int = DIRECTIONS) -> Callable[[], Project]:
+        moments, sample = feature_moments([raw]), raw[rows]
+        return lambda: fit_projection(moments, sample, [fit[v] for v in views], directions, power)
 
     both, flips = ("crop", "decoded"), ("crop", "decoded", "flip_h", "flip_v")
     made = {
@@ -87,6 +88,11 @@ def candidates(raw: np.ndarray, rows: np.ndarray, fit: Raw) -> dict[str, tuple[S
         "crop + decoded, power 0.5": (both, discriminant(both, 0.5)),
         "crop + decoded + flips, power 0.5": (flips, discriminant(flips, 0.5)),
         **{f"all views, power {p:g}": (VIEWS, discriminant(VIEWS, p)) for p in (0, 0.25, 0.5, 0.75, 1)},
+        **{
+            f"all views, power {p:g}, {d} directions": (VIEWS, discriminant(VIEWS, p, d))
+            for p in (0.25, 0.5)
+            for d in (8, 12, 24, 32, 48)
+        },
         "VICReg perceptron, all views": (VIEWS, lambda: train_network(raw, fit, VIEWS)),
     }
     return {f"patch-quantiles, {name}": value for name, value in made.items()}

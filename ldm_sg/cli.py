@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 
@@ -35,6 +36,8 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
         main: does the work.
         arguments: parsed.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         return main(arguments)
     except (ValueError, OSError) as error:

@@ -19,7 +19,6 @@ from yaml import YAMLError
 CONFIG_ROOT = Path(__file__).resolve().parents[1] / "configs"
 
 CHOICES = {
-    "annotate.features": ("patch-quantiles",),
     "diffusion.parameterisation": ("eps", "v", "edm"),
     "diffusion.schedule": ("linear", "scaled_linear", "cosine", "edm"),
     "diffusion.loss": ("l2", "l1"),
@@ -48,12 +47,12 @@ RANGES = {  # both ends included; None is let pass
 class AnnotateConfig:
     """Images to store."""
 
-    dataset: str = "elpv"  # a name of ldm_sg.data.DATASETS, or a folder
+    dataset: str = "elpv"  # a name of ldm_sg.data.DATASETS, a path, or a URL
     size_px: int = 256  # side of the square that images are cropped and resized to
     autoencoder: str = "patch-pca"  # or identity, kl-f8, taesd; kl-f8=<file, folder or repository> names the weights
     patch_px: int = 16  # patch-pca: side of a patch, also the downsampling factor
     latent_channels: int = 16  # patch-pca: components kept per patch
-    features: str = "patch-quantiles"  # a name of ldm_sg.annotate.FEATURES
+    features: str = "patch-quantiles"  # that, a timm or Hugging Face name, or a checkpoint (annotate/backbones.py)
     clusters: list[int] = field(default_factory=lambda: [32])  # K; several give several columns
     column: str | None = None  # to train on; None takes the newest cluster column
     seed: int = 0  # of k-means

@@ -116,24 +116,39 @@ def _tool_server() -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def tool(_tool_server: subprocess.Popen[str], tmp_path: Path) -> Tool:
+def tools(_tool_server: subprocess.Popen[str], tmp_path: Path) -> Callable[..., list[subprocess.CompletedProcess[str]]]:
+    """Run several `tools/<name>` side by side, each a process of its own.
+
+    A command is (name, *arguments) or (name, *arguments, {keyword of tool_server.Request: value}).
+    """
+
+    def run(*commands: tuple[object, ...]) -> list[subprocess.CompletedProcess[str]]:
+        requests = [_request(command, tmp_path / f"output-{i}") for i, command in enumerate(commands)]
+        assert _tool_server.stdin is not None and _tool_server.stdout is not None
+        print(json.dumps(requests, default=str), file=_tool_server.stdin, flush=True)
+        statuses = json.loads(_tool_server.stdout.readline())
+        return [
+            subprocess.CompletedProcess(r["argv"], status, Path(r["out"]).read_text(), Path(r["err"]).read_text())
+            for r, status in zip(requests, statuses)
+        ]
+
+    return run
+
+
+def _request(command: tuple[Any, ...], output: Path) -> dict[str, Any]:
+    name, *arguments = command
+    keywords = arguments.pop() if isinstance(arguments[-1], dict) else {}
+    nothing = dict.fromkeys(("configs", "die_at", "full_at", "stop_at", "few_filters", "kill_after_s"))
+    argv = [str(ROOT / "tools" / name), *map(str, arguments)]
+    files = {"out": f"{output}.out", "err": f"{output}.err"}
+    return {"argv": argv, "cwd": str(output.parent), **files, **nothing, **keywords}
+
+
+@pytest.fixture
+def tool(tools: Callable[..., list[subprocess.CompletedProcess[str]]]) -> Tool:
     """Run `tools/<name>` as a process of its own; the keywords are those of tool_server.Request."""
 
-    def run(
-        name: str,
-        *arguments: object,
-        cwd: Path = tmp_path,
-        configs: Path | None = None,
-        die_at: tuple[str, int] | None = None,
-        full_at: tuple[str, int] | None = None,
-    ) -> subprocess.CompletedProcess[str]:
-        argv = [str(ROOT / "tools" / name), *map(str, arguments)]
-        out, err = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
-        places = {"cwd": str(cwd), "out": str(out), "err": str(err), "configs": configs and str(configs)}
-        request = {"argv": argv, **places, "die_at": die_at, "full_at": full_at}
-        assert _tool_server.stdin is not None and _tool_server.stdout is not None
-        print(json.dumps(request), file=_tool_server.stdin, flush=True)
-        status = int(_tool_server.stdout.readline())
-        return subprocess.CompletedProcess(argv, status, out.read_text(), err.read_text())
+    def run(name: str, *arguments: object, **keywords: Any) -> subprocess.CompletedProcess[str]:
+        return tools((name, *arguments, keywords))[0]
 
     return run

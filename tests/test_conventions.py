@@ -26,13 +26,15 @@ MAY_IMPORT: dict[str, set[str]] = {  # part of ldm_sg -> the other parts that it
     "diffusion": {"ops"},
     "model": {"ops"},
     "autoencoder": {"config", "hardware", "weights"},
-    "annotate": {"ops", "config", "data", "autoencoder", "store"},
+    "annotate": {"ops", "config", "hardware", "data", "autoencoder", "store"},
     "train": {"ops", "config", "hardware", "weights", "data", "autoencoder", "store", "model", "diffusion"},
 }
 MAY_IMPORT["sample"] = MAY_IMPORT["train"] | {"train"}
 MAY_IMPORT["evaluate"] = MAY_IMPORT["sample"] | {"sample", "annotate"}
 OPTIONAL = ["faiss", "PIL", "timm", "tqdm", "tensorboard", "sklearn", "diffusers", "lmdb", "gradio", "torchvision"]
+OPTIONAL += ["transformers", "huggingface_hub", "lightly", "scipy"]
 SPLIT = {
+    "annotate/test_faults.py": "ldm_sg/annotate/pipeline.py",
     "store/test_column.py": "ldm_sg/store/writer.py",
     "store/test_docs.py": "docs/store.md",
     "tools/test_bad_input.py": "ldm_sg/cli.py",

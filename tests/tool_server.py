@@ -1,6 +1,6 @@
 """A warm process that runs tools: it imports once and forks for every command, so that each is a process of its own.
 
-Reads one JSON request per line (`Request`) and answers with the exit status.
+Reads one JSON list of requests per line, runs them side by side, and answers with the list of their exit statuses.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import resource
 import runpy
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TypedDict
 
 import ldm_sg.config
 import ldm_sg.evaluate  # joins all the rest
+from ldm_sg.annotate import features
 
 with contextlib.suppress(ImportError):
     import torch._dynamo  # what the first optimizer loads
@@ -39,6 +41,9 @@ class Request(TypedDict):
     configs: str | None  # folder to take the place of configs/
     die_at: tuple[str, int] | None  # ("module:function", n): SIGKILL at its n-th call
     full_at: tuple[str, int] | None  # from its n-th call on, no file can grow
+    stop_at: tuple[str, int] | None  # SIGSTOP there; the next command starts then, and SIGCONT follows its end
+    few_filters: bool | None  # features whose fit costs next to nothing
+    kill_after_s: float | None  # SIGKILL so long after the last command has started
 
 
 def at_call(name: str, n: int, act: Callable[[], None]) -> None:
@@ -62,6 +67,10 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def freeze() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def fill_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM_BYTES, resource.RLIM_INFINITY))
 
@@ -72,11 +81,13 @@ def run(request: Request) -> int:
     os.chdir(request["cwd"])
     for number, path in ((1, request["out"]), (2, request["err"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    for place, act in ((request["die_at"], die), (request["full_at"], fill_disk)):
-        if place:
-            at_call(*place, act)
+    for place, act in (("die_at", die), ("full_at", fill_disk), ("stop_at", freeze)):
+        if request[place]:
+            at_call(*request[place], act)
     if request["configs"]:
         ldm_sg.config.CONFIG_ROOT = Path(request["configs"])
+    if request["few_filters"]:
+        features.SCALES = (features.Scale(0, 8, 4),)
     sys.argv = request["argv"]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -88,15 +99,51 @@ def run(request: Request) -> int:
     return 0
 
 
+def start(request: Request) -> int:
+    """Fork a process that runs a tool; returns its number, once it has stopped if it is to stop."""
+    child = os.fork()
+    if child == 0:
+        status = run(request)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if request["stop_at"]:
+        status = os.waitpid(child, os.WUNTRACED)[1]
+        assert os.WIFSTOPPED(status), f"ended with {status} before {request['stop_at']}"
+    return child
+
+
+def run_together(requests: list[Request]) -> list[int]:
+    """Run tools side by side; returns their exit statuses."""
+    children = [start(request) for request in requests]
+    running = {c for c, request in zip(children, requests) if not request["stop_at"]}
+    stopped = set(children) - running
+    killings = [
+        threading.Timer(request["kill_after_s"], os.kill, (child, signal.SIGKILL))
+        for child, request in zip(children, requests)
+        if request["kill_after_s"] is not None
+    ]
+    for killing in killings:
+        killing.start()
+    statuses = {}
+    while running or stopped:
+        if not running:
+            for child in stopped:
+                os.kill(child, signal.SIGCONT)
+            running, stopped = stopped, set()
+        child, status = os.wait()
+        statuses[child] = os.waitstatus_to_exitcode(status)
+        running.discard(child)
+        stopped.discard(child)
+    for killing in killings:
+        killing.cancel()
+        killing.join()
+    return [statuses[child] for child in children]
+
+
 def main() -> None:
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            status = run(json.loads(line))
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print(json.dumps(run_together(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

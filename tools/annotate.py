@@ -2,24 +2,32 @@
 
 python tools/annotate.py
 python tools/annotate.py --dataset my_photos/ --clusters 16
+torchrun --nproc-per-node 4 tools/annotate.py --dataset my_photos/
+
+Processes share the work through the store: start as many as there are cores, with torchrun or by hand, on any machines
+that see the folder, at any time.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from ldm_sg import cli
 from ldm_sg.annotate import annotate, summary
+from ldm_sg.annotate.features import FEATURES
 from ldm_sg.config import AnnotateConfig, check, config_path, load_config
 from ldm_sg.data import DATASETS, open_source
+from ldm_sg.store import LEASE_S
 
 STORES = Path("stores")
 
 
 def arguments() -> argparse.Namespace:
     made = cli.parser(__doc__.splitlines()[0], "python tools/annotate.py --dataset my_photos/ --clusters 16")
-    made.add_argument("--dataset", default="elpv", help="a name (elpv) or a folder of images; default elpv")
+    layouts = "a folder of images or tar shards, an LMDB folder, a URL"
+    made.add_argument("--dataset", default="elpv", help=f"one of {', '.join(DATASETS)}; {layouts}; default elpv")
     made.add_argument("--out", type=Path, help="the store's folder; default stores/<dataset>")
     made.add_argument(
         "--clusters",
@@ -31,10 +39,19 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--column", help="name of the cluster column; default k<K>")
     made.add_argument("--limit", type=int, metavar="N", help="use only the first N images")
     made.add_argument("--seed", type=int, help="of k-means; default 0")
-    made.add_argument("--features", metavar="NAME", help="what is clustered; default from the data set's configuration")
+    made.add_argument(
+        "--features", metavar="NAME", help="patch-quantiles, a timm or Hugging Face name, or a checkpoint"
+    )
     made.add_argument("--autoencoder", metavar="NAME", help="pixels to latents; default from the configuration")
     made.add_argument("--size", type=int, dest="size_px", metavar="PX", help="side of the cropped square; default 256")
     made.add_argument("--max-bad", type=float, metavar="SHARE", help="share of unreadable images allowed; default 0.1")
+    made.add_argument(
+        "--lease",
+        type=float,
+        default=LEASE_S,
+        metavar="SECONDS",
+        help=f"take over the work of a process that has been silent for so long; default {LEASE_S:g}",
+    )
     return made.parse_args()
 
 
@@ -57,6 +74,8 @@ def configure(args: argparse.Namespace) -> AnnotateConfig:
             setattr(config.annotate, name, getattr(args, name))
     if args.dataset not in DATASETS and Path(args.dataset).expanduser().exists():
         config.annotate.dataset = str(Path(args.dataset).expanduser().resolve())
+    if config.annotate.features not in FEATURES and Path(config.annotate.features).expanduser().exists():
+        config.annotate.features = str(Path(config.annotate.features).expanduser().resolve())
     if args.column and len(config.annotate.clusters) > 1:
         raise ValueError(
             f"got --column {args.column} for {len(config.annotate.clusters)} values of --clusters, expected one"
@@ -69,9 +88,12 @@ def main(args: argparse.Namespace) -> None:
     config = configure(args)
     source = open_source(config.dataset)
     out = args.out or STORES / source.name
-    print(f"{source.name}: {len(source.keys)} images" + (f"; {source.notice}" if source.notice else ""))
-    store = annotate(config, source, out)
-    print(summary(store, config))
+    first = os.environ.get("RANK", "0") == "0"  # of those that torchrun started
+    if first:
+        print(f"{source.name}: {len(source.keys)} images" + (f"; {source.notice}" if source.notice else ""))
+    store = annotate(config, source, out, lease_s=args.lease, quiet=not first)
+    if first:
+        print(summary(store, config))
 
 
 if __name__ == "__main__":

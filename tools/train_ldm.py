@@ -7,14 +7,14 @@ torchrun --nproc-per-node 8 -- tools/train_ldm.py --config configs/elpv.yaml --r
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from omegaconf import OmegaConf
 
 from ldm_sg import cli
 from ldm_sg.config import Config, config_path, load_config, to_dict
 from ldm_sg.sample import training_grid
-from ldm_sg.store import Store, newest_store, verify
+from ldm_sg.store import Store, newest_store
 from ldm_sg.train import resume_or_create, start_processes, train
 from ldm_sg.train.run import RUNS_ROOT, facts_of, follow_store
 
@@ -24,7 +24,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument(
         "--config", type=Path, help="YAML; default that of the store's data set, else configs/folder.yaml"
     )
-    made.add_argument("--store", type=Path, help="the store's folder; default the newest in stores/")
+    made.add_argument("--store", help="the store's folder or URL; default the newest in stores/")
     made.add_argument("--run", help="name of the run; default <config>-<store>")
     made.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="settings such as train.lr=1e-4")
@@ -41,17 +41,17 @@ def choose(args: argparse.Namespace) -> tuple[Store, Path, Config]:
 
 def prepare(store: Store, path: Path, config: Config, name: str) -> None:
     """Check the store and make or check the run, once, before the other processes open it."""
-    print(f"store {store.folder} (generation {store.generation}), configuration {path}, run {RUNS_ROOT / name}")
-    if problems := verify(store.folder, store.generation):
+    print(f"store {store.address} (generation {store.generation}), configuration {path}, run {RUNS_ROOT / name}")
+    if problems := store.verify():
         raise ValueError(
-            f"store {store.folder} is damaged: {problems[0]}; restore the file or annotate into a new --out"
+            f"store {store.address} is damaged: {problems[0]}; restore the file or annotate into a new --out"
         )
     print(resume_or_create(RUNS_ROOT / name, config, store).facts.describe())
 
 
 def main(args: argparse.Namespace) -> None:
     store, path, config = choose(args)
-    name = args.run or f"{path.stem}-{store.folder.name}"
+    name = args.run or f"{path.stem}-{PurePosixPath(store.address).name}"
     processes = start_processes()
     try:
         if args.dry_run:

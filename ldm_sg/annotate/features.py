@@ -1,4 +1,4 @@
-"""g: one vector per image, from pixels alone. No labels and no download, neither to compute it nor to choose it.
+"""g: one vector per image, from pixels alone. Pretrained networks: `backbones`; here what needs no download.
 
 `patch-quantiles` describes an image by how strongly learned patch filters answer over it: small, middle and large
 patches, each projected on the leading components of the data set's own patches; the log-energies' quantiles over the
@@ -8,13 +8,14 @@ image say how much of each texture there is and how extreme it gets, wherever it
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm_sg.annotate.backbones import Pretrained, load_backbone
 from ldm_sg.autoencoder import PatchPCA, PatchPCAFit
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of the energies over an image; their mean comes last
@@ -34,7 +35,16 @@ SCALES = (Scale(0, 8, 32), Scale(0, 16, 64), Scale(1, 16, 64))  # 8, 16 and 32 p
 
 
 class Extractor(Protocol):
-    """What every feature offers: raw vectors; `projection` makes k-means input of them."""
+    """What every feature offers: raw vectors; `projection` makes k-means input of them.
+
+    Attributes:
+        projected: k-means sees the discriminant of `projection`; otherwise the raw features, L2-normalised, as the
+            paper does with those of pretrained networks.
+        definition: what distinguishes these features from others, weights included: for the manifest.
+    """
+
+    projected: bool
+    definition: dict[str, Any]
 
     def extract(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) in [-1, 1] -> raw features (B, D) float32, within float16's range."""
@@ -52,6 +62,14 @@ class ExtractorFit(Protocol):
         """Add a batch (B, 3, S, S) in [-1, 1]."""
         ...
 
+    def sums(self) -> dict[str, np.ndarray]:
+        """Return what was added so far; {} where nothing is fitted, and then no image need be added."""
+        ...
+
+    def merge(self, sums: dict[str, np.ndarray]) -> None:
+        """Add what another fit of the same settings has summed."""
+        ...
+
     def finish(self) -> Extractor:
         """Give the extractor."""
         ...
@@ -64,6 +82,9 @@ class PatchQuantiles:
         filters: one fitted patch PCA per scale.
     Source: ours; docs/results.md compares it with what else was tried.
     """
+
+    projected = True
+    definition: dict[str, Any] = {"network": "none"}  # noqa: RUF012
 
     def __init__(self, filters: list[PatchPCA]):
         self.filters = filters
@@ -111,6 +132,13 @@ class PatchQuantilesFit:
         for scale, fit in zip(SCALES, self.fits, strict=True):
             fit.add(at_scale(x, scale))
 
+    def sums(self) -> dict[str, np.ndarray]:
+        return {f"{i}.{name}": t for i, fit in enumerate(self.fits) for name, t in fit.sums().items()}
+
+    def merge(self, sums: dict[str, np.ndarray]) -> None:
+        for i, fit in enumerate(self.fits):
+            fit.merge({n.removeprefix(f"{i}."): t for n, t in sums.items() if n.startswith(f"{i}.")})
+
     def finish(self) -> PatchQuantiles:
         return PatchQuantiles([fit.finish() for fit in self.fits])
 
@@ -133,17 +161,31 @@ FEATURES: dict[str, Callable[[int], ExtractorFit]] = {"patch-quantiles": PatchQu
 LOADERS: dict[str, Callable[[dict[str, np.ndarray]], Extractor]] = {"patch-quantiles": PatchQuantiles.from_tensors}
 
 
+def fit_features(name: str, size_px: int) -> ExtractorFit:
+    """Begin to fit features.
+
+    Args:
+        name: a key of `FEATURES`, or what `load_backbone` takes.
+        size_px: side of the images.
+    Returns:
+        What sees every image once; a pretrained network has nothing to fit.
+    Raises:
+        ValueError: for an unknown name, or images that are too small.
+        FileNotFoundError: for weights that are not on this machine and cannot be fetched.
+    """
+    return FEATURES[name](size_px) if name in FEATURES else Pretrained(name)
+
+
 def load_features(name: str, tensors: dict[str, np.ndarray]) -> Extractor:
     """Rebuild an extractor from what a store or a run kept of it.
 
     Args:
-        name: a key of `LOADERS`.
+        name: a key of `LOADERS`, or what `load_backbone` takes.
         tensors: what `Extractor.tensors` gave.
     Returns:
         The extractor.
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or weights that are no longer those of `tensors`.
+        FileNotFoundError: for weights that are not on this machine and cannot be fetched.
     """
-    if name not in LOADERS:
-        raise ValueError(f"got features {name!r}, expected one of {', '.join(LOADERS)}")
-    return LOADERS[name](tensors)
+    return LOADERS[name](tensors) if name in LOADERS else load_backbone(name, tensors)

@@ -1,72 +1,67 @@
 """Images -> store: fit, encode, commit, cluster. Each stage can be interrupted; the same command goes on.
 
-Only finished shards and the commit count: a killed run leaves shards that the next one adopts, because the fitted
-weights are kept beside them and everything is a function of the images and the settings.
+Any number of processes may run it on one store at once, under torchrun or started by hand: they share the shards of
+fit and encode, and one does each of the rest. Everything is a function of the images and the settings, so a store's
+content is the same however many there were and however often they were killed.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from ldm_sg.annotate.features import FEATURES, Extractor, load_features
-from ldm_sg.annotate.kmeans import ITERATIONS, RESTARTS, engine, fit_kmeans
-from ldm_sg.annotate.projection import Projection, fit_projection
+from ldm_sg.annotate.fitting import Encoders, clear_fit, fit_encoders, sample_rows
+from ldm_sg.annotate.job import Batches, Job
+from ldm_sg.annotate.kmeans import engine, fit_kmeans, settings
+from ldm_sg.annotate.projection import Projection, feature_moments, fit_projection, normalisation
 from ldm_sg.annotate.quality import normalised_mutual_information
+from ldm_sg.annotate.rows import ProjectedRows
 from ldm_sg.annotate.views import LATENT_NOISE, crop_views, decoded_views
-from ldm_sg.autoencoder import Autoencoder, fit_autoencoder, load_autoencoder
 from ldm_sg.config import AnnotateConfig
-from ldm_sg.data import ImageSource, batches, to_model_range
-from ldm_sg.store import Store, StoreWriter, has_column, hash_config, write_asset, write_column
-from ldm_sg.store.format import map_tensors, write_tensors
-from ldm_sg.store.manifest import latest_generation
+from ldm_sg.data import ImageSource
+from ldm_sg.store import LEASE_S, Leases, Store, StoreWriter, has_column, hash_config, write_asset, write_column
+from ldm_sg.store.manifest import latest_generation, read_manifest
 
-WORKERS = 2  # decoding threads
-SAMPLE_IMAGES = 512  # images that the decoder and the projection's views are fitted on
+STATISTICS_ROWS = 64  # latents that are float64 at once
 
 
-@dataclass(frozen=True)
-class Encoders:
-    """What turns pixels into the rows of a store, fitted or loaded."""
-
-    autoencoder: Autoencoder
-    features: Extractor
-
-
-def annotate(config: AnnotateConfig, source: ImageSource, out: Path) -> Store:
-    """Fill a store with latents, features and one cluster column per K.
+def annotate(
+    config: AnnotateConfig, source: ImageSource, out: Path, *, lease_s: float = LEASE_S, quiet: bool = False
+) -> Store:
+    """Fill a store with latents, features and one cluster column per K, together with whoever else does.
 
     Args:
         config: the `annotate` section.
         source: the images.
         out: the store's folder; continued if it holds the same job, refused if it holds another.
+        lease_s: seconds without a sign of life after which the work of another process is taken over.
+        quiet: show no progress bars.
     Returns:
-        The store at its newest generation.
+        The store, opened when all that was asked for is there, whoever did it.
     Raises:
         ValueError: too few images for the clusters, too many bad ones, or another job's store in `out`.
         OSError: the disk is full; finished shards stay.
     """
     keys = source.keys[: config.limit]
     _check_count(len(keys), config)
-    job = hash_config(job_definition(config, source, keys))
-    writer = StoreWriter(out, job)
-    shards = [keys[i : i + config.shard_rows] for i in range(0, len(keys), config.shard_rows)]
-    if not latest_generation(out):  # the writer has refused another job's store
-        encoders = fit_encoders(config, source, keys, out / f"fit-{job[:8]}.safetensors")
-        encode_shards(config, source, shards, encoders, writer)
-        commit_rows(config, source, len(shards), encoders, writer)
-        (out / f"fit-{job[:8]}.safetensors").unlink(missing_ok=True)
-    store = add_labels(Store.open(out), source)
+    writer = StoreWriter(out, hash_config(job_definition(config, source, keys)))  # refuses another job's store
+    job = Job(config, source, keys, writer, Leases(out / "work", lease_s), quiet)
+    if not latest_generation(out):
+        make_rows(job)
+    clear_fit(job)
+    add_labels(Store.open(out), source)
     for k in config.clusters:
-        store = add_clusters(store, config, k)
-    return store
+        add_clusters(job, k)
+    job.leases.sweep()
+    return Store.open(out)
 
 
 def job_definition(config: AnnotateConfig, source: ImageSource, keys: list[str]) -> dict[str, Any]:
@@ -79,60 +74,34 @@ def job_definition(config: AnnotateConfig, source: ImageSource, keys: list[str])
     }
 
 
-def fit_encoders(config: AnnotateConfig, source: ImageSource, keys: list[str], cache: Path) -> Encoders:
-    """Fit autoencoder and features in one streaming pass, or load what an interrupted run fitted.
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: the last bits of a sum over threads depend on their number; processes share the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
-    Args:
-        config, source, keys: the images and how they are read.
-        cache: where the fitted weights are kept until the job is done.
-    Returns:
-        The encoders.
-    """
-    if cache.exists():
-        tensors, _ = map_tensors(cache)
-        return Encoders(
-            load_autoencoder(config.autoencoder, _part(tensors, "autoencoder.")),
-            load_features(config.features, _part(tensors, "features.")),
-        )
-    autoencoder, features = fit_autoencoder(config), FEATURES[config.features](config.size_px)
-    bad = []
-    for batch in _stream(config, source, keys, "fit"):
-        autoencoder.add(batch["x"])
-        features.add(batch["x"])
+
+@one_thread()
+def make_rows(job: Job) -> None:
+    """Fit, encode every shard, and show the rows to readers."""
+    encoders = fit_encoders(job)
+    job.each_shard("encode", job.writer.finished, lambda index, batches: encode_shard(job, index, batches, encoders))
+    job.once("commit", job.committed, lambda: commit_rows(job, encoders))
+
+
+def encode_shard(job: Job, index: int, batches: Batches, encoders: Encoders) -> None:
+    """Write a shard: moments of each image and of its mirror image, and raw features."""
+    rows, bad = [], []
+    for batch in batches:
+        rows.append(encode_batch(batch, encoders))
         bad += batch["bad"]
-    if len(bad) == len(keys):
-        raise ValueError(f"none of {len(keys)} images can be read, the first: {bad[0][0]}: {bad[0][1]}")
-    again = [keys[row] for row in sample_rows(len(keys))]
-    sample = (batch["x"] for batch in _stream(config, source, again, "decoder"))
-    encoders = Encoders(autoencoder.finish(sample), features.finish())
-    parts = {f"autoencoder.{n}": t for n, t in encoders.autoencoder.tensors().items()}
-    parts |= {f"features.{n}": t for n, t in encoders.features.tensors().items()}
-    write_tensors(cache, parts, {})
-    return encoders
-
-
-def encode_shards(
-    config: AnnotateConfig,
-    source: ImageSource,
-    shards: list[list[str]],
-    encoders: Encoders,
-    writer: StoreWriter,
-) -> None:
-    """Write every shard that is not there yet: moments of each image and of its mirror image, and raw features."""
-    bar = tqdm(total=sum(map(len, shards)), desc="encode", unit=" images")
-    for index, keys in enumerate(shards):
-        if not writer.finished(index):
-            rows, bad = [], []
-            for batch in _stream(config, source, keys, None):
-                rows.append(encode_batch(batch, encoders))
-                bad += batch["bad"]
-                bar.update(len(batch["keys"]) + len(batch["bad"]))
-            names = [k for row in rows for k in row["keys"]]
-            tensors = {n: np.concatenate([row[n] for row in rows]) for n in ("latent", "feature")}
-            writer.write_shard(index, names, tensors, bad)
-        else:
-            bar.update(len(keys))
-    bar.close()
+    names = [key for row in rows for key in row["keys"]]
+    tensors = {name: np.concatenate([row[name] for row in rows]) for name in ("latent", "feature")}
+    job.writer.write_shard(index, names, tensors, bad)
 
 
 @torch.inference_mode()
@@ -151,23 +120,29 @@ def encode_batch(batch: dict[str, Any], encoders: Encoders) -> dict[str, Any]:
     return {"keys": batch["keys"], "latent": moments.half().numpy(), "feature": features.half().numpy()}
 
 
-def commit_rows(
-    config: AnnotateConfig, source: ImageSource, num_shards: int, encoders: Encoders, writer: StoreWriter
-) -> None:
-    """Measure the latents, fit the projection of the features, and show the rows to readers."""
-    finished = [writer.read_shard(i) for i in range(num_shards)]
-    num_rows = sum(len(keys) for keys, _ in finished)
-    total = len(source.keys[: config.limit])
-    if total - num_rows > config.max_bad * total:
+def commit_rows(job: Job, encoders: Encoders) -> None:
+    """Measure the latents, fit the projection of the features, and show the rows to readers.
+
+    Args:
+        job: all of whose shards are finished.
+        encoders: that they were made with.
+    Raises:
+        ValueError: too many bad images, or too few good ones for the clusters.
+    """
+    writer, config, num_shards = job.writer, job.config, len(job.shards)
+    bad = writer.write_quarantine(num_shards)
+    num_rows = len(job.keys) - bad
+    if bad > config.max_bad * len(job.keys):
         raise ValueError(
-            f"{total - num_rows} of {total} images cannot be read, expected at most {config.max_bad:.0%}: "
-            f"mend them, or allow more with --max-bad (the shards in {writer.folder} are kept)"
+            f"{bad} of {len(job.keys)} images cannot be read, expected at most {config.max_bad:.0%}: mend those that "
+            f"{writer.quarantine_path} lists, or allow more with --max-bad (the shards in {writer.folder} are kept)"
         )
     _check_count(num_rows, config)
-    raw = np.concatenate([tensors["feature"] for _, tensors in finished])
-    mean, std = latent_statistics((t["latent"] for _, t in finished), encoders.autoencoder.channels)
-    views = view_features(config, source, [key for keys, _ in finished for key in keys], encoders, std)
-    projection = fit_projection(raw, views)
+    mean, std = latent_statistics(_shards_of(writer, num_shards, "latent"), encoders.autoencoder.channels)
+    moments = feature_moments(_shards_of(writer, num_shards, "feature"))
+    projection = normalisation(len(moments.total))
+    if encoders.features.projected:
+        projection = fit_projection(moments, *view_features(job, encoders, std))
     writer.add_asset("autoencoder", encoders.autoencoder.tensors(), {"name": config.autoencoder})
     weights = {
         **encoders.features.tensors(),
@@ -177,12 +152,13 @@ def commit_rows(
     writer.add_asset("features", weights, {"name": config.features})
     provenance = {
         "dataset": config.dataset,
-        "notice": source.notice,
+        "notice": job.source.notice,
         "size_px": config.size_px,
         "autoencoder": config.autoencoder,
         "autoencoder_id": encoders.autoencoder.id,
         "features": config.features,
-        "num_keys": total,
+        "features_definition": encoders.features.definition,
+        "num_keys": len(job.keys),
     }
     writer.commit(num_shards, {"latent": {"mean": mean.tolist(), "std": std.tolist()}, "provenance": provenance})
 
@@ -196,34 +172,27 @@ def add_labels(store: Store, source: ImageSource) -> Store:
     return Store.open(store.folder, write_column(store, "label", values, "label", {"names": source.label_names}))
 
 
-def sample_rows(num_rows: int) -> np.ndarray:
-    """Give at most `SAMPLE_IMAGES` rows, spread evenly: where second looks at the images are taken."""
-    return np.unique(np.linspace(0, num_rows - 1, SAMPLE_IMAGES).astype(int))
-
-
 @torch.inference_mode()
-def view_features(
-    config: AnnotateConfig, source: ImageSource, keys: list[str], encoders: Encoders, deviation: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Extract features of views of a sample of the images: cropped, flipped, decoded, decoded with noise.
+def view_features(job: Job, encoders: Encoders, deviation: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Extract features of a sample of the images and of their views: cropped, flipped, decoded, decoded with noise.
 
     Args:
-        config, source: how the images are read.
-        keys: of all rows.
+        job: whose images.
         encoders: fitted.
         deviation: (C,) of the latents' channels; scales the noise.
     Returns:
-        For each kind of view: (rows (m,), raw features (m, D) float32 through float16).
+        (m, D) raw features of the sample, and (m, D) for each kind of view; float32 through float16.
     """
-    rows = sample_rows(len(keys))
+    keys = sample_keys(job.writer, len(job.shards))
     generator = torch.Generator().manual_seed(0)
     scale = LATENT_NOISE * torch.from_numpy(deviation).float().view(1, -1, 1, 1)
     extract, autoencoder = encoders.features.extract, encoders.autoencoder
     found: list[list[np.ndarray]] = []
-    for batch in _stream(config, source, [keys[row] for row in rows], "views"):
-        x, side = batch["x"], config.size_px // autoencoder.downsample
+    for batch in job.stream(keys, "views"):
+        x, side = batch["x"], job.config.size_px // autoencoder.downsample
         noise = scale * torch.randn(len(x), autoencoder.channels, side, side, generator=generator)
         views = (
+            x,
             crop_views(x, generator),
             x.flip(3),
             x.flip(2),
@@ -231,7 +200,21 @@ def view_features(
             decoded_views(x, autoencoder, noise),
         )
         found.append([extract(view).half().numpy() for view in views])
-    return [(rows, np.concatenate(parts).astype(np.float32)) for parts in zip(*found, strict=True)]
+    sample, *views_of = [np.concatenate(parts).astype(np.float32) for parts in zip(*found, strict=True)]
+    return sample, views_of
+
+
+def sample_keys(writer: StoreWriter, num_shards: int) -> list[str]:
+    """Give the keys of `sample_rows`, one shard's keys in memory at a time."""
+    ends = np.cumsum([0, *(writer.num_rows(index) for index in range(num_shards))])
+    rows = sample_rows(ends[-1])
+    keys: list[str] = []
+    for index, (start, end) in enumerate(itertools.pairwise(ends)):
+        here = rows[(rows >= start) & (rows < end)] - start
+        if len(here):
+            names, _ = writer.read_shard(index)
+            keys += [names[row] for row in here]
+    return keys
 
 
 def latent_statistics(shards: Iterable[np.ndarray], channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -245,7 +228,7 @@ def latent_statistics(shards: Iterable[np.ndarray], channels: int) -> tuple[np.n
     Source: Karras et al. (2024), appendix B.1 (EDM2 standardises latents per channel).
     """
     count, total, squares = 0, np.zeros(channels), np.zeros(channels)
-    for moments in shards:
+    for moments in (shard[i : i + STATISTICS_ROWS] for shard in shards for i in range(0, len(shard), STATISTICS_ROWS)):
         mean = moments[:, :, :channels].astype(np.float64)
         variance = np.exp(moments[:, :, channels:].astype(np.float64)) if moments.shape[2] > channels else 0.0
         count += mean.size // channels
@@ -255,33 +238,36 @@ def latent_statistics(shards: Iterable[np.ndarray], channels: int) -> tuple[np.n
     return mean, np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
 
 
-def add_clusters(store: Store, config: AnnotateConfig, k: int) -> Store:
+def add_clusters(job: Job, k: int) -> None:
     """Cluster the features and add the column `k<K>` (or --column), unless it is there.
 
     Args:
-        store: with "feature" rows and the "features" asset.
-        config: seed and column name.
+        job: whose rows are committed.
         k: K.
-    Returns:
-        The store, opened at the generation with the column.
     Raises:
         ValueError: if a column of that name was made with other settings.
     """
-    name = config.column or f"k{k}"
+    folder, name = job.writer.folder, job.config.column or f"k{k}"
     provenance = {
         "algorithm": "k-means",
         "num_clusters": k,
-        "seed": config.seed,
-        "iterations": ITERATIONS,
-        "restarts": RESTARTS,
-        "features": store.manifest["assets"]["features"]["sha256"],
+        "seed": job.config.seed,
+        **settings(k),
+        "features": read_manifest(folder)["assets"]["features"]["sha256"],
         "normalised": "L2",
     }
-    if has_column(store.manifest, name, "cluster", provenance):
-        return store
+    job.once(
+        "column-" + re.sub(r"[^A-Za-z0-9_-]", "_", name),
+        lambda: has_column(read_manifest(folder), name, "cluster", provenance),
+        lambda: write_clusters(Store.open(folder), name, provenance),
+    )
+
+
+def write_clusters(store: Store, name: str, provenance: dict[str, Any]) -> int:
+    """Cluster the features of a store as `provenance` says, and add the column; returns the generation that has it."""
     began = time.perf_counter()
-    features = stored_projection(store)(store.read_all("feature"))
-    clusters = fit_kmeans(features, k, config.seed)
+    rows = ProjectedRows(store, stored_projection(store))
+    clusters = fit_kmeans(rows, provenance["num_clusters"], provenance["seed"])
     report = {
         "inertia": clusters.inertia,
         "sizes": clusters.sizes.tolist(),
@@ -294,8 +280,7 @@ def add_clusters(store: Store, config: AnnotateConfig, k: int) -> Store:
         report["nmi"] = normalised_mutual_information(clusters.labels[truth >= 0], truth[truth >= 0])
     record = write_asset(store.folder, f"clusters-{name}", {"centroids": clusters.centroids}, {"column": name})
     assets = {f"clusters-{name}": record}
-    generation = write_column(store, name, clusters.labels, "cluster", provenance, report, assets)
-    return Store.open(store.folder, generation)
+    return write_column(store, name, clusters.labels, "cluster", provenance, report, assets)
 
 
 def stored_projection(store: Store) -> Projection:
@@ -304,18 +289,8 @@ def stored_projection(store: Store) -> Projection:
     return Projection(weights["projection.mean"], weights["projection.basis"])
 
 
-def _stream(
-    config: AnnotateConfig, source: ImageSource, keys: list[str], stage: str | None
-) -> Iterator[dict[str, Any]]:
-    bar = tqdm(total=len(keys), desc=stage, unit=" images", disable=stage is None)
-    for batch in batches(source, keys, config.size_px, config.batch_size, WORKERS):
-        yield {**batch, "x": to_model_range(batch["image"])}
-        bar.update(len(batch["keys"]) + len(batch["bad"]))
-    bar.close()
-
-
-def _part(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+def _shards_of(writer: StoreWriter, num_shards: int, name: str) -> Iterator[np.ndarray]:
+    return (writer.read_shard(index)[1][name] for index in range(num_shards))
 
 
 def _check_count(images: int, config: AnnotateConfig) -> None:

@@ -6,13 +6,16 @@ an image shows, and are left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-DIRECTIONS = 32  # kept; how this and POWER were chosen: docs/results.md
-POWER = 0.5  # 0 leaves a direction's variance at its signal-to-noise ratio, 1 makes all alike
+DIRECTIONS = 16  # kept; how this and POWER were chosen: docs/results.md
+POWER = 0.25  # 0 leaves a direction's variance at its signal-to-noise ratio, 1 makes all alike
 SHRINK = 0.1  # of the within-view covariance towards a multiple of the identity
 
 
@@ -22,7 +25,7 @@ class Projection:
 
     Attributes:
         mean: (D,) float32 of the raw features.
-        basis: (D, d) float32; standardisation, rotation and scaling in one matrix.
+        basis: (D, d) float32; standardisation, rotation and scaling in one matrix. (D,) only scales.
     """
 
     mean: np.ndarray
@@ -36,13 +39,49 @@ class Projection:
         Returns:
             (N, d) float32 rows of length 1; what k-means is fitted and assigned on.
         """
-        y = (raw.astype(np.float32) - self.mean) @ self.basis
+        y = raw.astype(np.float32) - self.mean
+        y = y * self.basis if self.basis.ndim == 1 else y @ self.basis
         return y / np.maximum(np.linalg.norm(y, axis=1, keepdims=True), 1e-12)
 
 
+class Moments(NamedTuple):
+    """First and second moments of raw features, float64.
+
+    Attributes:
+        count: N.
+        total: (D,) sum of the rows.
+        products: (D, D) sum of their outer products.
+    """
+
+    count: int
+    total: Tensor
+    products: Tensor
+
+
+def feature_moments(shards: Iterable[np.ndarray]) -> Moments:
+    """Sum the moments of features that come in parts.
+
+    Args:
+        shards: (n, D) each, float16 or float32; at least one, and at least one row in all.
+    Returns:
+        The moments of all rows: float64 sums of each part, combined in their order.
+    """
+    count, total, products = 0, torch.zeros(()), torch.zeros(())
+    for rows in shards:
+        x = torch.from_numpy(rows.astype(np.float64))
+        count, total, products = count + len(x), total + x.sum(0), products + x.T @ x
+    return Moments(count, total, products)
+
+
+def normalisation(width: int) -> Projection:
+    """Give the projection that only L2-normalises features of D = `width`: for `Extractor.projected` = False."""
+    return Projection(np.zeros(width, np.float32), np.ones(width, np.float32))
+
+
 def fit_projection(
-    raw: np.ndarray,
-    views: Sequence[tuple[np.ndarray, np.ndarray]],
+    moments: Moments,
+    sample: np.ndarray,
+    views: Sequence[np.ndarray],
     directions: int = DIRECTIONS,
     power: float = POWER,
 ) -> Projection:
@@ -52,27 +91,29 @@ def fit_projection(
     S v = lambda W v, keep the largest lambda, and scale direction v (v' W v = 1) by lambda^(-power / 2).
 
     Args:
-        raw: (N, D) float16 or float32.
-        views: pairs of (rows (m,) of `raw`, raw features (m, D) of one view of those rows).
+        moments: of the raw features of all N images.
+        sample: (m, D) raw features of some images.
+        views: for each kind of view, (m, D) raw features of one view of the same images.
         directions: d, cut to min(N - 1, D).
         power: how far the directions' variances are made alike.
     Returns:
         The projection; signs are fixed, so that equal features give equal clusters.
     Source: Fisher (1936); shrinkage: Friedman (1989), eq. 16.
     """
-    x = raw.astype(np.float64)
-    mean, scale = x.mean(0), x.std(0) + 1e-3
-    z = (x - mean) / scale
-    within = np.mean([_covariance((x[rows] - view) / scale) / 2 for rows, view in views], axis=0)
-    within += (SHRINK * np.trace(within) / len(within) + 1e-6) * np.eye(len(within))
-    values, vectors = np.linalg.eigh(within)
-    whiten = vectors / np.sqrt(values)
-    ratios, rotation = np.linalg.eigh(whiten.T @ _covariance(z) @ whiten)
-    keep = max(1, min(directions, len(raw) - 1, len(ratios)))
-    ratios, basis = ratios[::-1][:keep], whiten @ rotation[:, ::-1][:, :keep]
-    basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(keep)]) * np.maximum(ratios, 1e-6) ** (-power / 2)
-    return Projection(mean.astype(np.float32), (basis / scale[:, None]).astype(np.float32))
-
-
-def _covariance(rows: np.ndarray) -> np.ndarray:
-    return rows.T @ rows / len(rows)
+    count, mean = moments.count, moments.total / moments.count
+    covariance = moments.products / count - torch.outer(mean, mean)
+    scale = covariance.diagonal().clamp_min(0).sqrt() + 1e-3
+    within = torch.zeros_like(covariance)
+    for view in views:
+        change = torch.from_numpy(sample.astype(np.float64) - view) / scale
+        within += change.T @ change / (2 * len(sample) * len(views))
+    identity = torch.eye(len(within), dtype=within.dtype)
+    within += (SHRINK * within.trace() / len(within) + 1e-6) * identity
+    values, vectors = torch.linalg.eigh(within)
+    whiten = vectors / values.sqrt()
+    ratios, rotation = torch.linalg.eigh(whiten.T @ (covariance / torch.outer(scale, scale)) @ whiten)
+    keep = max(1, min(directions, count - 1, len(ratios)))
+    ratios, basis = ratios.flip(0)[:keep], whiten @ rotation.flip(1)[:, :keep]
+    signs = basis[basis.abs().argmax(0), torch.arange(keep)].sign()
+    basis = basis * signs * ratios.clamp_min(1e-6) ** (-power / 2) / scale[:, None]
+    return Projection(mean.float().numpy(), basis.float().numpy())

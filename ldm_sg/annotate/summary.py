@@ -20,7 +20,7 @@ def summary(store: Store, config: AnnotateConfig) -> str:
     lines = [f"store {store.folder} generation {store.generation}: {store.num_rows} images, {about['autoencoder_id']}"]
     if bad["count"]:
         key, reason = bad["images"][0]
-        lines.append(f"quarantined {bad['count']} images (listed in the manifest), the first: {key}: {reason}")
+        lines.append(f"quarantined {bad['count']} images (listed in quarantine.tsv), the first: {key}: {reason}")
     for name in [config.column] if config.column else [f"k{k}" for k in config.clusters]:
         report = store.manifest["columns"][name]["report"]
         sizes = report["sizes"]

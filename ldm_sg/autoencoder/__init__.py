@@ -56,6 +56,14 @@ class Fit(Protocol):
         """Add a batch (B, 3, H, W) in [-1, 1]."""
         ...
 
+    def sums(self) -> dict[str, np.ndarray]:
+        """Return what was added so far; {} where nothing is fitted, and then no image need be added."""
+        ...
+
+    def merge(self, sums: dict[str, np.ndarray]) -> None:
+        """Add what another fit of the same settings has summed."""
+        ...
+
     def finish(self, sample: Iterable[Tensor]) -> Autoencoder:
         """Give the autoencoder; `sample` streams some of the images a second time."""
         ...

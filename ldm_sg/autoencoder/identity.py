@@ -18,6 +18,13 @@ class Identity:
     def add(self, x: Tensor) -> None:
         """Nothing to fit."""
 
+    def sums(self) -> dict[str, np.ndarray]:
+        """Nothing was summed."""
+        return {}
+
+    def merge(self, sums: dict[str, np.ndarray]) -> None:
+        """Nothing to add."""
+
     def finish(self, sample: Iterable[Tensor] = ()) -> Identity:
         """The autoencoder itself."""
         return self

@@ -63,6 +63,22 @@ class PatchPCAFit:
         self.total += rows.double().sum(0)
         self.products += (rows.T @ rows).double()  # float32 products, float64 sums over batches
 
+    def sums(self) -> dict[str, np.ndarray]:
+        """Return what was added so far, for `merge`; of the products, which are symmetric, the upper triangle."""
+        upper = self.products[tuple(self._upper())]
+        return {"count": np.array([self.count]), "total": self.total.numpy(), "products": upper.numpy()}
+
+    def merge(self, sums: dict[str, np.ndarray]) -> None:
+        """Add what another fit of the same settings has summed."""
+        self.count += int(sums["count"][0])
+        self.total += torch.tensor(sums["total"])
+        upper = torch.zeros_like(self.products)
+        upper[tuple(self._upper())] = torch.tensor(sums["products"])
+        self.products += upper + upper.triu(1).T
+
+    def _upper(self) -> Tensor:
+        return torch.triu_indices(*self.products.shape)
+
     def finish(self, sample: Iterable[Tensor] = ()) -> PatchPCA:
         """Solve for the leading eigenvectors, then for the decoder.
 

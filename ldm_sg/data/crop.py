@@ -9,6 +9,12 @@ import numpy as np
 from PIL import Image
 
 
+def center_square(width: int, height: int) -> tuple[int, int, int]:
+    """Give the largest centred square of an image as (left, top, side), in pixels."""
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side
+
+
 def center_crop_resize(image: Image.Image, size_px: int) -> np.ndarray:
     """Cut the largest centred square and resize it.
 
@@ -19,8 +25,6 @@ def center_crop_resize(image: Image.Image, size_px: int) -> np.ndarray:
         (size_px, size_px, 3) uint8 in [0, 255], contiguous and writable.
     Source: LSUN loader of latent diffusion (ldm/data/lsun.py), crop then PIL bicubic.
     """
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
+    left, top, side = center_square(*image.size)
     square = image.crop((left, top, left + side, top + side))
     return np.array(square.resize((size_px, size_px), Image.Resampling.BICUBIC))  # (S, S, 3)

@@ -31,7 +31,7 @@ class RealImages:
 
     def __init__(self, run: Run):
         self.size_px = run.facts.size_px
-        self.store = Store.open(Path(run.facts.store), run.facts.generation)
+        self.store = Store.open(run.facts.store, run.facts.generation)
         self.source = open_source(run.facts.dataset)
         self.clusters = self.store.column(run.facts.column)
 

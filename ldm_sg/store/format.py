@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import mmap
 import os
 import secrets
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -91,7 +92,12 @@ def hash_shards(shards: Iterable[dict[str, Any]]) -> str:
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file as 64 hex digits."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_stream(file)
+
+
+def hash_stream(file: BinaryIO) -> str:
+    """Return the SHA-256 of what is left of an open file as 64 hex digits."""
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # fsspec's files have readinto
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> dict[str, Any]:
@@ -197,6 +203,56 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class Place(NamedTuple):
+    """Where a tensor is in its file: its first byte, type and shape."""
+
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def read_layout(file: BinaryIO) -> tuple[dict[str, Place], dict[str, str]]:
+    """Read the header of a safetensors file.
+
+    Args:
+        file: open on the disk; its position is moved.
+    Returns:
+        the place of each tensor by name, and the metadata.
+    Raises:
+        ValueError: it is not a whole safetensors file.
+    """
+    try:
+        return _parse(file, os.fstat(file.fileno()).st_size)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{file.name} is not a whole safetensors file: {error}") from None
+
+
+def _parse(file: BinaryIO, size: int) -> tuple[dict[str, Place], dict[str, str]]:
+    file.seek(0)
+    start = 8 + int.from_bytes(file.read(8), "little")
+    if size < start:
+        raise ValueError(f"it has {size} bytes, which is shorter than its header")
+    header = json.loads(file.read(start - 8))
+    metadata = header.pop("__metadata__", {})
+    end = start + max((info["data_offsets"][1] for info in header.values()), default=0)
+    if end != size:
+        raise ValueError(f"it has {size} bytes, its header says {end}")
+    return {name: _place(start, info) for name, info in header.items()}, metadata
+
+
+def _place(start: int, info: dict[str, Any]) -> Place:
+    first, last = info["data_offsets"]
+    place = Place(start + first, np.dtype(DTYPES[info["dtype"]]), tuple(info["shape"]))
+    if first < 0 or min(place.shape, default=0) < 0 or place.nbytes != last - first:
+        raise ValueError(f"a tensor of shape {place.shape} cannot be in bytes {first} to {last}")
+    return place
+
+
 def map_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     """Map a safetensors file into memory; its bytes are read when they are used.
 
@@ -209,26 +265,15 @@ def map_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         ValueError: it is not a whole safetensors file.
     """
     with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size < 8:
-            raise ValueError(f"{path} is not a whole safetensors file: it is shorter than its header")
-        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    try:
-        return _parse(buffer)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        return map_file(file)
 
 
-def _parse(buffer: mmap.mmap) -> tuple[Tensors, dict[str, str]]:
-    start = 8 + int.from_bytes(buffer[:8], "little")
-    header = json.loads(buffer[8:start])
-    metadata = header.pop("__metadata__", {})
-    end = max((info["data_offsets"][1] for info in header.values()), default=0)
-    if start + end != len(buffer):
-        raise ValueError(f"it has {len(buffer)} bytes, its header says {start + end}")
-    return {name: _view(buffer, start, info) for name, info in header.items()}, metadata
+def map_file(file: BinaryIO) -> tuple[Tensors, dict[str, str]]:
+    """Map an open safetensors file, as `map_tensors` does; the maps outlive the file."""
+    layout, metadata = read_layout(file)
+    buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return {name: _view(buffer, place) for name, place in layout.items()}, metadata
 
 
-def _view(buffer: mmap.mmap, start: int, info: dict[str, Any]) -> np.ndarray:
-    count = int(np.prod(info["shape"], dtype=np.int64))
-    view = np.frombuffer(buffer, DTYPES[info["dtype"]], count, start + info["data_offsets"][0])
-    return view.reshape(info["shape"])
+def _view(buffer: mmap.mmap, place: Place) -> np.ndarray:
+    return np.frombuffer(buffer, place.dtype, math.prod(place.shape), place.offset).reshape(place.shape)

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,12 @@ def manifest_path(folder: Path, generation: int) -> Path:
 
 def latest_generation(folder: Path) -> int:
     """Return the newest generation of a store, 0 if it has none or the folder is missing."""
-    if not folder.is_dir():
-        return 0
-    return max((int(match[1]) for name in os.listdir(folder) if (match := NAME.fullmatch(name))), default=0)
+    return max(generations(os.listdir(folder)), default=0) if folder.is_dir() else 0
+
+
+def generations(names: Iterable[str]) -> list[int]:
+    """Return the generations among the names of files, ascending."""
+    return sorted(int(match[1]) for name in names if (match := NAME.fullmatch(name)))
 
 
 def read_manifest(folder: Path, generation: int | None = None) -> Manifest:
@@ -55,9 +58,15 @@ def read_manifest(folder: Path, generation: int | None = None) -> Manifest:
         raise _no_manifest(folder)
     path = manifest_path(folder, generation or newest)
     try:
-        manifest = json.loads(path.read_bytes())
+        return parse_manifest(path, path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} has no generation {generation}: the newest is {newest}") from None
+
+
+def parse_manifest(path: Path | str, text: bytes) -> Manifest:
+    """Return the manifest that `text` is; ValueError, which names `path`, if it is damaged or of a newer format."""
+    try:
+        manifest = json.loads(text)
     except ValueError:
         raise ValueError(f"{path} is damaged (not JSON): delete it, then run the annotation again") from None
     _check(path, manifest)
@@ -72,7 +81,7 @@ def _no_manifest(folder: Path) -> Exception:
     return FileNotFoundError(f"{what} {folder}: make one with {make} {folder}")
 
 
-def _check(path: Path, manifest: Any) -> None:
+def _check(path: Path | str, manifest: Any) -> None:
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if not isinstance(version, int):
         raise ValueError(f"{path} is not the manifest of a store: it has no format number")

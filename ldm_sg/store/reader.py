@@ -1,60 +1,79 @@
 """Reading a store: `Store.open` pins one generation, rows come by index in any order, columns stay in memory.
 
-Shards are memory-mapped when first used, in each process for itself, so a `Store` works in DataLoader workers
-however they are started. For stores that fit the page cache. Format: docs/store.md.
+Where the files are is for files.py and remote.py, how rows come out of them for shards.py; both are chosen here.
+Shards are opened when first used, in each process for itself, so a `Store` works in DataLoader workers however
+they are started. Format: docs/store.md.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from ldm_sg.store.format import DTYPES, Tensors, hash_shards, map_tensors, unpack_keys
+from ldm_sg.store.files import Files, LocalFiles, Record
+from ldm_sg.store.format import DTYPES, Place, Tensors, hash_shards, map_file, unpack_keys
 from ldm_sg.store.manifest import Manifest, file_records, latest_generation, read_manifest
+from ldm_sg.store.remote import RemoteFiles, is_url
+from ldm_sg.store.shards import SHARDS, Access, Shard, choose_access, max_open_shards
 from ldm_sg.store.verify import verify
-
-# an open shard holds a file descriptor; the two together stay below 1,024, the usual limit of a process
-MAX_OPEN_SHARDS = 256
-MAX_GATHERED_ROWS = 512
 
 
 class Store:
     """One generation of a store, read-only; `open` makes it."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, files: Files, manifest: Manifest, access: Access) -> None:
         """Wrap a manifest that has been checked; use `Store.open`."""
-        self.folder = folder
         self.manifest = manifest
+        self.access = access
+        self._files = files
         rows = np.array([shard["rows"] for shard in manifest["shards"]], np.int64)
         self._ends = np.cumsum(rows)
         self._starts = self._ends - rows
-        self._maps: dict[int, dict[str, memoryview]] = {}
+        self._max_open = _max_open(files, manifest)
+        self._opened: dict[int, Shard] = {}  # the one used last is last
         self._columns: Tensors = {}
         self._keys: list[str] | None = None
 
     @classmethod
-    def open(cls, folder: str | Path, generation: int | None = None) -> Self:
+    def open(cls, address: str | Path, generation: int | None = None, access: Access | None = None) -> Self:
         """Open a store.
 
         Args:
-            folder: the store.
+            address: its folder, or a URL that fsspec knows, as s3://bucket/stores/elpv.
             generation: which one; None for the newest. Later commits do not change what this object shows.
+            access: how rows are read; None for "mmap" where they fit in the available memory, else "pread".
         Raises:
             FileNotFoundError: no folder, no store in it, or a file that the manifest names is missing.
-            ValueError: an unfinished store, a damaged manifest or file, or a newer format.
+            ValueError: an unfinished store, a damaged manifest or file, a newer format, or an unknown URL.
         """
-        folder = Path(folder).resolve()
-        manifest = read_manifest(folder, generation)
+        files = open_files(address)
+        manifest = files.manifest(generation)
+        sizes = files.sizes()
         for record in file_records(manifest):
-            _check_file(folder / record["file"], record["bytes"])
-        return cls(folder, manifest)
+            _check_file(files.address, record, sizes.get(record["file"]))
+        num_bytes = sum(shard["bytes"] for shard in manifest["shards"])
+        return cls(files, manifest, access or choose_access(num_bytes))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the folder and the generation: the other process maps the files itself."""
-        return type(self).open, (self.folder, self.generation)
+        """Pickle as the address and the generation: the other process opens the files itself."""
+        return type(self).open, (self.address, self.generation, self.access)
+
+    @property
+    def address(self) -> str:
+        """Where the store is: an absolute path or a URL."""
+        return self._files.address
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the store, to write in; ValueError for one at a URL."""
+        if not isinstance(self._files, LocalFiles):
+            raise ValueError(f"{self.address} can only be read: copy the store into a local folder to change it")
+        return self._files.folder
 
     @property
     def generation(self) -> int:
@@ -76,8 +95,9 @@ class Store:
         """The keys of all rows, in row order; read when first used."""
         if self._keys is None:
             self._keys = []
-            for shard in self.manifest["shards"]:
-                self._keys += unpack_keys(map_tensors(self.folder / shard["file"])[0])
+            for record in self.manifest["shards"]:
+                with self._mapped(record) as (tensors, _):
+                    self._keys += unpack_keys(tensors)
         return self._keys
 
     @property
@@ -92,7 +112,7 @@ class Store:
 
     def _latent(self, name: str) -> np.ndarray:
         if "latent" not in self.manifest:
-            raise ValueError(f"store {self.folder} has no latent statistics: run the same annotation command again")
+            raise ValueError(f"store {self.address} has no latent statistics: run the same annotation command again")
         return np.asarray(self.manifest["latent"][name], np.float32)
 
     def column(self, name: str) -> np.ndarray:
@@ -112,7 +132,7 @@ class Store:
         columns = self.manifest["columns"]
         names = [name for name in columns if columns[name]["kind"] == kind]
         if not names:
-            raise ValueError(f"store {self.folder} has no {kind} column: run the same annotation command again")
+            raise ValueError(f"store {self.address} has no {kind} column: run the same annotation command again")
         return max(names, key=lambda name: (columns[name]["created"], name))
 
     def find(self, column: str, value: int) -> np.ndarray:
@@ -133,9 +153,7 @@ class Store:
         """
         indices = self._check_indices(indices)
         tensors = [name for name in names if not self._is_column(name)]
-        starts = range(0, max(len(indices), 1), MAX_GATHERED_ROWS)
-        parts = [self._gather(tensors, indices[start : start + MAX_GATHERED_ROWS]) for start in starts]
-        rows = parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in tensors}
+        rows = self._read_rows(tensors, indices) if tensors else {}
         return {name: rows[name] if name in rows else self._column(name)[indices] for name in names}
 
     def read_all(self, name: str) -> np.ndarray:
@@ -143,79 +161,104 @@ class Store:
         if self._is_column(name):
             return self.column(name)
         out = np.empty((self.num_rows, *self.manifest["schema"][name]["shape"]), self._dtype(name))
-        for shard, end in enumerate(self._ends):
-            rows = np.frombuffer(self._open_shard(shard)[name], out.dtype).reshape(-1, *out.shape[1:])
-            out[end - len(rows) : end] = rows
+        for shard, (start, end) in enumerate(zip(self._starts, self._ends)):
+            out[start:end] = self._open_shards([shard])[shard].read(name)
         return out
+
+    def shards(self) -> Iterator[Tensors]:
+        """Give every shard's tensors in row order, read-only and mapped for as long as they are used."""
+        for record in self.manifest["shards"]:
+            with self._mapped(record) as (tensors, _):
+                yield {name: tensors[name] for name in self.manifest["schema"]}
 
     def asset(self, name: str) -> tuple[Tensors, dict[str, str]]:
         """Return an asset's tensors, the caller's own, and its metadata; ValueError if there is none."""
         if name not in self.manifest["assets"]:
-            raise ValueError(f"store {self.folder} has no asset '{name}': it has {', '.join(self.manifest['assets'])}")
-        tensors, metadata = map_tensors(self.folder / self.manifest["assets"][name]["file"])
-        return {key: tensors[key].copy() for key in tensors}, metadata
+            raise ValueError(f"store {self.address} has no asset '{name}': it has {', '.join(self.manifest['assets'])}")
+        with self._mapped(self.manifest["assets"][name]) as (tensors, metadata):
+            return {key: tensors[key].copy() for key in tensors}, metadata
 
     def verify(self) -> list[str]:
         """Read every byte of this generation; return one line for each problem, as `verify` does."""
-        return verify(self.folder, self.generation)
+        return verify(self._files, self.generation)
 
-    def _gather(self, names: list[str], indices: np.ndarray) -> Tensors:
-        """Copy rows out of the shards: joining slices copies each once, where indexing would do it twice."""
+    def _read_rows(self, names: list[str], indices: np.ndarray) -> Tensors:
+        """Read rows of tensors, in parts that need no more shards than may be open."""
         shards = np.searchsorted(self._ends, indices, side="right")
-        rows = (indices - self._starts[shards]).tolist()
-        opened = {shard: self._open_shard(shard) for shard in set(shards.tolist())}
-        places = list(zip(shards.tolist(), rows))
-        out = {}
-        for name in names:
-            shape, dtype = self.manifest["schema"][name]["shape"], self._dtype(name)
-            width = dtype.itemsize * math.prod(shape)
-            maps = {shard: opened[shard][name] for shard in opened}
-            joined = bytearray().join([maps[shard][row * width : (row + 1) * width] for shard, row in places])
-            out[name] = np.frombuffer(joined, dtype).reshape(len(indices), *shape)
+        rows = indices - self._starts[shards]
+        distinct = sorted(set(shards.tolist()))
+        if len(distinct) <= self._max_open:
+            return self._gather(names, shards, rows)
+        out = {name: np.empty((len(indices), *self._shape(name)), self._dtype(name)) for name in names}
+        for first in range(0, len(distinct), self._max_open):
+            part = np.flatnonzero(np.isin(shards, distinct[first : first + self._max_open]))
+            for name, values in self._gather(names, shards[part], rows[part]).items():
+                out[name][part] = values
         return out
 
-    def _open_shard(self, shard: int) -> dict[str, memoryview]:
-        """Return the bytes of a shard's tensors, mapped into memory."""
-        if shard not in self._maps:
-            if len(self._maps) >= MAX_OPEN_SHARDS:
-                self._maps.pop(next(iter(self._maps)))
-            record = self.manifest["shards"][shard]
-            tensors, metadata = map_tensors(self.folder / record["file"])
-            same = all(self._fits(tensors.get(name), name, record["rows"]) for name in self.manifest["schema"])
-            if not same or metadata.get("keys_sha256") != record["keys_sha256"]:
-                raise ValueError(f"{self.folder / record['file']} does not match its manifest: restore the file")
-            self._maps[shard] = {
-                name: tensors[name].reshape(-1).view(np.uint8).data for name in self.manifest["schema"]
-            }
-        return self._maps[shard]
+    def _gather(self, names: list[str], shards: np.ndarray, rows: np.ndarray) -> Tensors:
+        numbers = shards.tolist()
+        opened = self._open_shards(sorted(set(numbers)))
+        picks = [(opened[number], row) for number, row in zip(numbers, rows.tolist())]
+        widths = {name: self._dtype(name).itemsize * math.prod(self._shape(name)) for name in names}
+        data = SHARDS[self.access].gather(picks, widths)  # type: ignore[arg-type]
+        return {name: np.frombuffer(data[name], self._dtype(name)).reshape(-1, *self._shape(name)) for name in names}
 
-    def _fits(self, tensor: np.ndarray | None, name: str, rows: int) -> bool:
-        shape = (rows, *self.manifest["schema"][name]["shape"])
-        return tensor is not None and tensor.shape == shape and tensor.dtype == self._dtype(name)
+    def _open_shards(self, numbers: list[int]) -> dict[int, Shard]:
+        """Return open shards, and close those that were used longest ago."""
+        missing = [number for number in numbers if number not in self._opened]
+        if missing:
+            files = self._files.open([self.manifest["shards"][number] for number in missing])
+            with _closing(files):
+                self._opened |= {number: self._check_shard(number, file) for number, file in zip(missing, files)}
+        opened = {number: self._opened.pop(number) for number in numbers}
+        self._opened |= opened
+        while len(self._opened) > self._max_open:
+            del self._opened[next(iter(self._opened))]
+        return opened
+
+    def _check_shard(self, number: int, file: Any) -> Shard:
+        record = self.manifest["shards"][number]
+        shard = SHARDS[self.access](file)
+        same = all(self._fits(shard.layout.get(name), name, record["rows"]) for name in self.manifest["schema"])
+        if not same or shard.metadata.get("keys_sha256") != record["keys_sha256"]:
+            raise ValueError(f"{self.address}/{record['file']} does not match its manifest: restore the file")
+        return shard
+
+    def _fits(self, place: Place | None, name: str, rows: int) -> bool:
+        return place is not None and place[1:] == (self._dtype(name), (rows, *self._shape(name)))
+
+    def _shape(self, name: str) -> list[int]:
+        return self.manifest["schema"][name]["shape"]
+
+    @contextmanager
+    def _mapped(self, record: Record) -> Iterator[tuple[Tensors, dict[str, str]]]:
+        with _closing(self._files.open([record])) as (file,):
+            yield map_file(file)
 
     def _dtype(self, name: str) -> np.dtype:
         return np.dtype(DTYPES[self.manifest["schema"][name]["dtype"]])
 
     def _column(self, name: str) -> np.ndarray:
         if name not in self.manifest["columns"]:
-            raise ValueError(f"store {self.folder} has no column '{name}': it has {', '.join(self.columns) or 'none'}")
+            raise ValueError(f"store {self.address} has no column '{name}': it has {', '.join(self.columns) or 'none'}")
         if name not in self._columns:
             files = self.manifest["columns"][name]["files"]
             self._columns[name] = np.concatenate([self._read_column_file(name, file) for file in files])
         return self._columns[name]
 
     def _read_column_file(self, name: str, record: dict[str, Any]) -> np.ndarray:
-        tensors, metadata = map_tensors(self.folder / record["file"])
         first, last = record["shards"]
         expected = hash_shards(self.manifest["shards"][first:last])
-        if not metadata.get("keys_sha256") == record["keys_sha256"] == expected:
-            raise ValueError(f"{self.folder / record['file']}: column '{name}' is for rows in another order")
-        return tensors["values"]
+        with self._mapped(record) as (tensors, metadata):
+            if not metadata.get("keys_sha256") == record["keys_sha256"] == expected:
+                raise ValueError(f"{self.address}/{record['file']}: column '{name}' is for rows in another order")
+            return tensors["values"]
 
     def _is_column(self, name: str) -> bool:
         if name not in self.manifest["schema"] and name not in self.manifest["columns"]:
             known = ", ".join([*self.manifest["schema"], *self.columns])
-            raise ValueError(f"store {self.folder} has no '{name}': it has {known}")
+            raise ValueError(f"store {self.address} has no '{name}': it has {known}")
         return name not in self.manifest["schema"]
 
     def _check_indices(self, indices: np.ndarray | list[int]) -> np.ndarray:
@@ -225,15 +268,31 @@ class Store:
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise ValueError(f"indices are {array.dtype} of shape {array.shape}: a list of row numbers was expected")
         if array.min() < 0 or array.max() >= self.num_rows:
-            raise IndexError(f"rows {array.min()} to {array.max()} were asked for: {self.folder} has {self.num_rows}")
+            raise IndexError(f"rows {array.min()} to {array.max()} were asked for: {self.address} has {self.num_rows}")
         return array.astype(np.int64, copy=False)
 
 
-def _check_file(path: Path, expected: int) -> None:
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: restore it, or annotate again into another folder") from None
+def open_files(address: str | Path) -> Files:
+    """Return the place that an address means: a folder, or a URL."""
+    return RemoteFiles(str(address)) if is_url(address) else LocalFiles(Path(address))
+
+
+def _max_open(files: Files, manifest: Manifest) -> int:
+    """Return how many shards may be open at once: as the system allows, and as fit in the place's bound."""
+    limit, largest = max_open_shards(), max((shard["bytes"] for shard in manifest["shards"]), default=1)
+    return limit if files.max_open_bytes is None else max(1, min(limit, files.max_open_bytes // largest))
+
+
+@contextmanager
+def _closing(files: list[Any]) -> Iterator[list[Any]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(file) for file in files]
+
+
+def _check_file(address: str, record: Record, size: int | None) -> None:
+    path, expected = f"{address}/{record['file']}", record["bytes"]
+    if size is None:
+        raise FileNotFoundError(f"{path} is missing: restore it, or annotate again into another folder")
     if size != expected:
         raise ValueError(f"{path} has {size} bytes, expected {expected}: restore it, or annotate into another folder")
 

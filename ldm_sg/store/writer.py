@@ -25,12 +25,14 @@ from ldm_sg.store.format import (
     to_json,
     unpack_keys,
     write_addressed,
+    write_file,
     write_tensors,
 )
 from ldm_sg.store.manifest import Manifest, commit, latest_generation, now, read_manifest
 from ldm_sg.store.reader import Store
 
 KEY_TENSORS = ("key_bytes", "key_ends")
+ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # in the list of quarantined images
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -95,6 +97,34 @@ class StoreWriter:
         tensors, _ = map_tensors(self._path(index))
         return unpack_keys(tensors), {name: tensors[name] for name in tensors if name not in KEY_TENSORS}
 
+    def num_rows(self, index: int) -> int:
+        """Return how many rows a finished shard has."""
+        return len(map_tensors(self._path(index))[0]["key_ends"])
+
+    @property
+    def quarantine_path(self) -> Path:
+        """The readable list of the images that have no row."""
+        return self.folder / "quarantine.tsv"
+
+    def write_quarantine(self, num_shards: int) -> int:
+        """Write the images that have no row as lines of key, tab, reason; no file if there is none.
+
+        Args:
+            num_shards: how many shards the job has; all are finished.
+        Returns:
+            How many there are.
+        """
+        bad = [entry for index in range(num_shards) for entry in self._quarantine(index)]
+        lines = ["\t".join(field.translate(ESCAPES) for field in entry) + "\n" for entry in bad]
+        if bad:
+            write_file(self.quarantine_path, ["".join(lines).encode("utf-8", "surrogateescape")])
+        else:
+            self.quarantine_path.unlink(missing_ok=True)
+        return len(bad)
+
+    def _quarantine(self, index: int) -> list[list[str]]:
+        return json.loads(map_tensors(self._path(index))[1].get("quarantine", "[]"))
+
     def add_asset(self, name: str, tensors: Tensors, metadata: dict[str, str]) -> dict[str, Any]:
         """Write an asset (weights, statistics), which the next commit shows; returns its record."""
         self._assets[name] = write_asset(self.folder, name, tensors, metadata)
@@ -143,9 +173,8 @@ class StoreWriter:
         shards = [self._records.get(index) or self._record(index) for index in range(num_shards)]
         schemas, quarantine = [], []
         for index in range(num_shards):
-            tensors, metadata = map_tensors(self._path(index))
-            schemas.append(_schema(tensors))
-            quarantine += json.loads(metadata.get("quarantine", "[]"))
+            schemas.append(_schema(map_tensors(self._path(index))[0]))
+            quarantine += self._quarantine(index)
         assert all(schema == schemas[0] for schema in schemas), "every shard has the same tensors"
         return {
             "job": self.job,

@@ -187,12 +187,12 @@ def facts_of(store: Store, column: str | None) -> StoreFacts:
     records = store.manifest["columns"]
     if records.get(column, {}).get("kind") != "cluster":
         known = ", ".join(name for name, record in records.items() if record["kind"] == "cluster")
-        raise ValueError(f"annotate.column: got {column!r}, expected a cluster column of {store.folder}: {known}")
+        raise ValueError(f"annotate.column: got {column!r}, expected a cluster column of {store.address}: {known}")
     about, provenance = store.manifest["provenance"], records[column]["provenance"]
     num_clusters = int(provenance["num_clusters"])
     sides = store.manifest["schema"]["latent"]["shape"][2:]  # of (2, C or 2C, h, w)
     return StoreFacts(
-        store=str(store.folder),
+        store=store.address,
         generation=store.generation,
         job=store.manifest["job"],
         column=column,

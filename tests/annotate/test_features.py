@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_sg.annotate.features import FEATURES, SCALES, PatchQuantilesFit, load_features
+from ldm_sg.annotate.features import FEATURES, SCALES, PatchQuantilesFit, fit_features, load_features
 from ldm_sg.data import load_images, open_source, to_model_range
 
 SIZE = 64
@@ -81,4 +81,4 @@ def test_small_images_and_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got 63 px images, expected at least 64.*--size"):
         FEATURES["patch-quantiles"](63)
     with pytest.raises(ValueError, match="got features 'dino', expected one of patch-quantiles"):
-        load_features("dino", {})
+        fit_features("dino", SIZE)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from sklearn.cluster import KMeans
 
 from ldm_sg.annotate import kmeans
 from ldm_sg.annotate.kmeans import fit_kmeans, nearest
+from ldm_sg.data import elpv_source, load_images
 
 K = 8
 
@@ -126,3 +129,95 @@ def test_impossible_numbers_of_clusters_are_refused(k: int) -> None:
 def test_one_cluster_per_image(engine: str) -> None:
     found = fit_kmeans(np.eye(13, dtype=np.float32), 13, seed=0)
     assert found.sizes.tolist() == [1] * 13 and found.inertia == pytest.approx(0, abs=1e-6)
+
+
+class Lazy:
+    """Rows that are computed when asked for, and how many were asked for at once."""
+
+    def __init__(self, rows: np.ndarray):
+        self.rows, self.most = rows, 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice | np.ndarray) -> np.ndarray:
+        found = self.rows[part]
+        self.most = max(self.most, len(found))
+        return found
+
+
+def test_rows_that_do_not_fit_in_memory(blobs: np.ndarray, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans, "MAX_POINTS", 25)
+    monkeypatch.setattr(kmeans, "CHUNK_ROWS", 100)
+    lazy = Lazy(blobs)
+    found, again, whole = fit_kmeans(lazy, K, seed=0), fit_kmeans(blobs, K, seed=0), fit_kmeans(blobs, K, seed=1)
+    assert lazy.most == 25 * K  # the sample, of 600
+    np.testing.assert_array_equal(found.labels, again.labels)
+    squares = ((blobs[:, None].astype(np.float64) - found.centroids) ** 2).sum(2)
+    np.testing.assert_array_equal(found.labels, squares.argmin(1))  # all rows are assigned
+    means = [blobs[found.labels == c].mean(0) for c in range(K)]
+    np.testing.assert_allclose(found.centroids, means, atol=1e-6)  # and all rows count
+    assert found.inertia <= 1.01 * whole.inertia and found.sizes.sum() == 600
+
+
+def test_chunks_and_memory_maps_change_nothing(
+    blobs: np.ndarray, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = fit_kmeans(blobs, K, seed=0)
+    np.save(tmp_path / "rows.npy", blobs)
+    monkeypatch.setattr(kmeans, "CHUNK_ROWS", 64)
+    found = fit_kmeans(np.load(tmp_path / "rows.npy", mmap_mode="r"), K, seed=0)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    np.testing.assert_allclose(found.centroids, expected.centroids, atol=1e-6)
+
+
+def test_empty_clusters_of_sampled_fits_are_repaired(blobs: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans, "MAX_POINTS", 25)
+    monkeypatch.setattr(kmeans, "seed_centroids", lambda rows, k, rng: np.repeat(rows[:1], k, axis=0))
+    found = fit_kmeans(blobs, K, seed=0, restarts=1)
+    assert found.repaired >= K - 1 and found.sizes.min() > 0
+
+
+def test_spherical_centroids_have_length_one(cloud: np.ndarray, engine: str) -> None:
+    found = fit_kmeans(cloud, K, seed=0, spherical=True)
+    np.testing.assert_allclose(np.linalg.norm(found.centroids, axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(found.labels, (cloud @ found.centroids.T).argmax(1))
+    plain = fit_kmeans(cloud, K, seed=0)
+    assert np.linalg.norm(plain.centroids, axis=1).max() < 0.95
+
+
+def test_many_clusters_take_one_seeding(cloud: np.ndarray) -> None:
+    assert kmeans.settings(kmeans.MANY_CLUSTERS)["restarts"] == kmeans.RESTARTS > 1
+    assert kmeans.settings(kmeans.MANY_CLUSTERS + 1)["restarts"] == 1
+    found = fit_kmeans(cloud, 400, seed=0)  # of 500 rows
+    assert found.sizes.min() > 0 and len(found.sizes) == 400
+
+
+def real_patches() -> np.ndarray:
+    """(5120, 64) patches of 20 photographs of elpv, without their mean, normalised."""
+    pytest.importorskip("elpv_dataset")
+    source = elpv_source()
+    grey = load_images(source, source.keys[::130][:20], 128)[0][..., 0].astype(np.float32)
+    patches = grey.reshape(20, 16, 8, 16, 8).swapaxes(2, 3).reshape(-1, 64)
+    patches -= patches.mean(1, keepdims=True)
+    return unit(patches[np.linalg.norm(patches, axis=1) > 0])
+
+
+def mixture() -> np.ndarray:
+    """(6000, 32) rows in 200 separated clusters of unequal sizes."""
+    rng = np.random.default_rng(0)
+    weights = rng.uniform(0.2, 1, 200)
+    centres = rng.normal(size=(200, 32))[rng.choice(200, 6000, p=weights / weights.sum())]
+    return unit(centres + 0.1 * rng.normal(size=centres.shape))
+
+
+@pytest.mark.parametrize(("rows", "k"), [(real_patches, 32), (mixture, 200)])
+def test_objective_on_a_sample_is_that_of_scikit_learn(
+    rows: Callable[[], np.ndarray], k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kmeans, "MAX_POINTS", 20)  # real patches: 640 of 5,120 rows; the mixture: 4,000 of 6,000
+    monkeypatch.setattr(kmeans, "SEED_ROWS", 512)
+    features = rows()
+    ours = np.mean([fit_kmeans(features, k, seed).inertia for seed in range(3)])
+    theirs = np.mean([KMeans(k, n_init=1, random_state=seed).fit(features).inertia_ for seed in range(3)])
+    assert ours <= 1.01 * theirs / len(features)

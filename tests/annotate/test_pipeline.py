@@ -15,14 +15,11 @@ from ldm_sg.annotate.features import FEATURES
 from ldm_sg.annotate.features import LOADERS as FEATURE_LOADERS
 from ldm_sg.annotate.kmeans import fit_kmeans
 from ldm_sg.annotate.pipeline import latent_statistics, stored_projection
+from ldm_sg.annotate.rows import ProjectedRows
 from ldm_sg.autoencoder import FITS, LOADERS, load_autoencoder
-from ldm_sg.config import CHOICES, AnnotateConfig
+from ldm_sg.config import AUTOENCODERS, AnnotateConfig
 from ldm_sg.data import FolderSource, load_images, open_source, to_model_range
 from ldm_sg.store import Store, verify
-
-# in the fitted weights, in a shard, after a shard, in the commit of the rows, before the column
-DIE_AT = [("os:fsync", 1), ("os:fsync", 5), ("os:replace", 3), ("os:link", 1)]
-DIE_AT += [("ldm_sg.annotate.pipeline:fit_kmeans", 1)]
 
 
 def settings(folder: Path, **changes: Any) -> AnnotateConfig:
@@ -38,16 +35,6 @@ def files(store: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of change of every file."""
     paths = [path for path in store.rglob("*") if path.is_file()]
     return {str(path.relative_to(store)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
-
-
-def content(folder: Path) -> dict[str, Any]:
-    """What a store holds, times aside."""
-    store = Store.open(folder)
-    assert store.verify() == []
-    shards = [shard["sha256"] for shard in store.manifest["shards"]]
-    assets = {name: asset["sha256"] for name, asset in store.manifest["assets"].items()}
-    fields = {name: store.manifest[name] for name in ("job", "num_rows", "latent", "quarantine", "provenance")}
-    return {"shards": shards, "assets": assets, "k3": store.column("k3").tolist(), **fields}
 
 
 def test_rows_follow_the_sorted_keys(tiny_store: Store) -> None:
@@ -84,7 +71,7 @@ def test_statistics_count_the_variance_of_the_moments() -> None:
 
 
 def test_column_is_k_means_of_the_projected_features(tiny_store: Store) -> None:
-    features = stored_projection(tiny_store)(tiny_store.read_all("feature"))
+    features = ProjectedRows(tiny_store, stored_projection(tiny_store))[:]
     expected = fit_kmeans(features, 3, seed=0)
     np.testing.assert_array_equal(tiny_store.column("k3"), expected.labels)
     np.testing.assert_array_equal(tiny_store.asset("clusters-k3")[0]["centroids"], expected.centroids)
@@ -193,31 +180,6 @@ def test_labels_survive_an_interruption(image_folder: Path, tmp_path: Path, monk
     assert annotate(settings(image_folder), source, tmp_path / "store").columns == ["label", "k3"]
 
 
-@pytest.fixture
-def configs(tmp_path: Path) -> Path:
-    """A folder of configurations that cut the images into three shards."""
-    folder = tmp_path / "configs"
-    folder.mkdir()
-    (folder / "folder.yaml").write_text("annotate: {shard_rows: 8, batch_size: 4}\n")
-    return folder
-
-
-@pytest.mark.parametrize("die_at", DIE_AT, ids=lambda place: f"{place[0].split(':')[1]}-{place[1]}")
-def test_killed_then_the_same_command(
-    die_at: tuple[str, int], tool: Any, configs: Path, tmp_path: Path, tiny_store: Store
-) -> None:
-    images = tiny_store.manifest["provenance"]["dataset"]
-    command = ("annotate.py", "--dataset", images, "--out", "store", "--size", 64, "--clusters", 3)
-    assert tool(*command, configs=configs, die_at=die_at).returncode == -9
-    left = files(tmp_path / "store") if (tmp_path / "store").exists() else {}
-    done = tool(*command, configs=configs)
-    assert done.returncode == 0, done.stderr
-    assert content(tmp_path / "store") == content(tiny_store.folder)
-    after = files(tmp_path / "store")
-    shards = [name for name in left if name.startswith("shards/") and name.endswith(".safetensors")]
-    assert all(after[name] == left[name] for name in shards), "finished shards are adopted"
-
-
 def test_manifest_says_how_it_was_made(tiny_store: Store) -> None:
     manifest = json.loads((tiny_store.folder / "manifest-000002.json").read_text())
     about, column = manifest["provenance"], manifest["columns"]["k3"]["provenance"]
@@ -228,5 +190,5 @@ def test_manifest_says_how_it_was_made(tiny_store: Store) -> None:
 
 
 def test_the_configuration_knows_what_there_is() -> None:
-    assert CHOICES["annotate.features"] == tuple(FEATURES) == tuple(FEATURE_LOADERS)
-    assert CHOICES["annotate.autoencoder"] == tuple(FITS) == tuple(LOADERS)
+    assert tuple(FEATURES) == tuple(FEATURE_LOADERS)  # other names are those of pretrained networks
+    assert tuple(AUTOENCODERS) == tuple(FITS) == tuple(LOADERS)

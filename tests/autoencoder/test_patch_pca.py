@@ -134,6 +134,20 @@ def test_fit_does_not_depend_on_order_or_batches(batch: int) -> None:
     torch.testing.assert_close(a.mean, b.mean, rtol=0, atol=1e-6)
 
 
+def test_sums_of_parts_make_the_whole() -> None:
+    x, whole, merged = images(), PatchPCAFit(P, 7), PatchPCAFit(P, 7)
+    whole.add(x)
+    for part in x.split(5):
+        other = PatchPCAFit(P, 7)
+        other.add(part)
+        merged.merge(other.sums())
+    assert merged.count == whole.count == len(x) * 24
+    torch.testing.assert_close(merged.total, whole.total, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(merged.products, whole.products, rtol=1e-5, atol=1e-5)
+    assert torch.equal(merged.products, merged.products.T)
+    assert merged.sums()["products"].shape == (WIDTH * (WIDTH + 1) // 2,), "a triangle"
+
+
 def test_same_fit_has_the_same_bits_and_id() -> None:
     a, b, other = fit(images(), 6), fit(images(), 6), fit(images(11), 6)
     assert torch.equal(a.basis, b.basis)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,8 +79,9 @@ def flip_byte(path: Path, offset: int) -> None:
 @pytest.mark.parametrize(
     "indices", [[0], [15, 0, 7], [3, 3, 3], list(range(N)), list(range(N))[::-1], [6, 5, 4, 12, 13], []]
 )
-def test_rows_in_any_order(folder: Path, indices: list[int]) -> None:
-    rows = Store.open(folder).read(["label", "latent", "k4", "box"], np.array(indices, np.int64))
+@pytest.mark.parametrize("access", ["mmap", "pread"])
+def test_rows_in_any_order(folder: Path, access: Any, indices: list[int]) -> None:
+    rows = Store.open(folder, access=access).read(["label", "latent", "k4", "box"], np.array(indices, np.int64))
     assert list(rows) == ["label", "latent", "k4", "box"]
     for name, expected in {"latent": LATENT, "box": BOX, "label": LABEL, "k4": CLUSTER}.items():
         np.testing.assert_array_equal(rows[name], expected[indices])
@@ -87,13 +89,16 @@ def test_rows_in_any_order(folder: Path, indices: list[int]) -> None:
         assert rows[name].flags.writeable
 
 
-def test_more_rows_and_shards_than_are_held_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "MAX_GATHERED_ROWS", 3)
-    monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 2)
-    store = Store.open(folder)
+@pytest.mark.parametrize("access", ["mmap", "pread"])
+def test_more_shards_than_are_open_at_once(folder: Path, access: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "max_open_shards", lambda: 2)
+    store = Store.open(folder, access=access)
     indices = np.random.default_rng(2).integers(0, N, 100)
-    np.testing.assert_array_equal(store.read(["latent"], indices)["latent"], LATENT[indices])
-    assert len(store._maps) == 2
+    rows = store.read(["latent", "label"], indices)
+    np.testing.assert_array_equal(rows["latent"], LATENT[indices])
+    np.testing.assert_array_equal(rows["label"], LABEL[indices])
+    np.testing.assert_array_equal(store.read_all("box"), BOX)
+    assert len(store._opened) == 2
 
 
 def test_whole_tensors_and_columns(folder: Path) -> None:
@@ -104,6 +109,15 @@ def test_whole_tensors_and_columns(folder: Path) -> None:
     assert store.latent_mean.tolist() == [0.25, 0.5]
     assert store.latent_std.tolist() == [1.0, 2.0]
     assert store.latent_std.dtype == np.float32
+
+
+def test_shard_after_shard(folder: Path) -> None:
+    store = Store.open(folder)
+    shards = list(store.shards())
+    assert len(shards) == len(store.manifest["shards"])
+    for name in store.manifest["schema"]:
+        np.testing.assert_array_equal(np.concatenate([shard[name] for shard in shards]), store.read_all(name))
+    assert set(shards[0]) == set(store.manifest["schema"]), "keys left out"
 
 
 def test_column_is_the_callers_own(folder: Path) -> None:
@@ -158,6 +172,16 @@ def test_worker_processes_read_the_same_rows(folder: Path, method: str) -> None:
 
 def test_forked_process_reads_the_same_rows(folder: Path) -> None:
     run = subprocess.run([sys.executable, "-c", READ_IN_FORK, str(folder)], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_reading_needs_numpy_alone(folder: Path) -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'fsspec', 'pyarrow', 'lance', 'tqdm', 'omegaconf']))\n"
+    )
+    code += "import ldm_sg.store.gc, ldm_sg.store.export\nfrom ldm_sg.store import Store\n"
+    code += "assert Store.open(sys.argv[1]).read(['label'], [4])['label'] == [1]"
+    run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
 
 

@@ -243,3 +243,21 @@ def test_damage_after_the_commit_is_not_committed_but_repaired(folder: Path) -> 
     path.unlink()
     write_store(folder)
     assert content(folder) == before
+
+
+def test_quarantine_is_listed_for_people(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, JOB)
+    writer.write_shard(0, ["a"], {"x": np.array([1])}, [("b\tc.png", "cut\nshort"), ("\udcff.png", "empty")])
+    writer.write_shard(1, ["d"], {"x": np.array([1])}, [("e.png", "text")])
+    assert writer.write_quarantine(2) == 3
+    assert writer.quarantine_path == tmp_path / "quarantine.tsv"
+    assert writer.quarantine_path.read_bytes() == b"b\\tc.png\tcut\\nshort\n\xff.png\tempty\ne.png\ttext\n"
+    assert [writer.num_rows(index) for index in range(2)] == [1, 1]
+
+
+def test_no_list_without_quarantine(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, JOB)
+    writer.write_shard(0, ["a"], {"x": np.array([1])})
+    writer.quarantine_path.write_text("of an earlier annotation")
+    assert writer.write_quarantine(1) == 0
+    assert not writer.quarantine_path.exists()

@@ -101,6 +101,10 @@ def test_too_many_bad_images_keep_the_store(refused: Any, image_folder: Path, tm
     line = refused("annotate.py", "--dataset", image_folder, *TINY)
     assert "4 of 28 images cannot be read, expected at most 10%" in line and "--max-bad" in line
     assert list((tmp_path / "stores" / "images" / "shards").iterdir())
+    assert "stores/images/quarantine.tsv" in line
+    listed = (tmp_path / "stores" / "images" / "quarantine.tsv").read_text().splitlines()
+    assert [row.split("\t")[0] for row in listed] == [f"bad{i}.jpg" for i in range(4)]
+    assert all(row.split("\t")[1] for row in listed)
 
 
 def test_another_data_set_into_the_same_store(refused: Any, tool: Any, image_folder: Path, tmp_path: Path) -> None:
@@ -117,7 +121,9 @@ def test_full_disk(refused: Any, tool: Any, tiny_store: Store, tmp_path: Path) -
     configs.mkdir()
     (configs / "folder.yaml").write_text("annotate: {shard_rows: 8}\n")
     command = ("annotate.py", "--dataset", tiny_store.manifest["provenance"]["dataset"], *TINY, "--out", "store")
-    line = refused(*command, configs=configs, full_at=("os:replace", 3))  # in the second shard
+    line = refused(
+        *command, configs=configs, full_at=("os:replace", 6)
+    )  # in the second shard, after 3 of sums and one of weights
     assert "no room to write" in line and "free space, then run the same command" in line
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "store" / "shards").iterdir()}
     assert len(finished) == 2

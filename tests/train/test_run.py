@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -68,7 +69,8 @@ def test_another_configuration_is_refused_by_field(
 
 @pytest.mark.parametrize("field", ["job", "generation"])
 def test_another_store_is_refused(field: str, run: Run, tiny_config: Config, tiny_store: Store) -> None:
-    other = Store(tiny_store.folder, {**tiny_store.manifest, field: 99})
+    other = copy.copy(tiny_store)
+    other.manifest = {**tiny_store.manifest, field: 99}
     with pytest.raises(ValueError, match=f"run first differs in store {field}: .* != 99: .*--run NEW"):
         resume_or_create(run.path, tiny_config, other)
 
@@ -164,3 +166,13 @@ def test_missing_checkpoint(run: Run) -> None:
     (run.path / "latest").write_text("step-00000004\n")
     with pytest.raises(FileNotFoundError, match="latest names 'step-00000004', expected one of the checkpoints"):
         run.latest()
+
+
+def test_run_of_a_store_at_a_url(
+    tiny_store: Store, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDM_SG_CACHE", str(tmp_path / "cache"))
+    url = f"file://{tiny_store.folder}"
+    run = resume_or_create(tmp_path / "run", tiny_config, Store.open(url))
+    assert run.facts == replace(facts_of(tiny_store, None), store=url)
+    assert resume_or_create(run.path, tiny_config, Store.open(url)).facts == run.facts

@@ -1,0 +1,140 @@
+"""One annotation as one of the processes that share it sees it: what is to be done, and who does which part.
+
+The processes meet in the store alone. Each looks for work that is neither finished nor leased to another; what comes
+out of a piece of work depends on the images and the settings, never on who does it or when.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ldm_sg.config import AnnotateConfig
+from ldm_sg.data import ImageSource, batches, to_model_range
+from ldm_sg.store import Leases, StoreWriter
+from ldm_sg.store.manifest import latest_generation
+
+WORKERS = 2  # decoding threads
+POLL_S = 0.2  # between two looks at what other processes have finished
+
+Batches = Iterator[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The images, the settings and the store of one annotation.
+
+    Attributes:
+        config: the `annotate` section.
+        source: the images.
+        keys: of all images, in row order.
+        writer: of the store.
+        leases: of the store.
+        quiet: show no progress bars.
+    """
+
+    config: AnnotateConfig
+    source: ImageSource
+    keys: list[str]
+    writer: StoreWriter
+    leases: Leases
+    quiet: bool = False
+
+    @cached_property
+    def shards(self) -> list[list[str]]:
+        """The keys of each shard."""
+        rows = self.config.shard_rows
+        return [self.keys[i : i + rows] for i in range(0, len(self.keys), rows)]
+
+    @property
+    def name(self) -> str:
+        """What this job's files begin with."""
+        return self.writer.job[:8]
+
+    @property
+    def work(self) -> Path:
+        """The folder with what the processes tell one another."""
+        return self.leases.folder
+
+    def committed(self) -> bool:
+        """Say whether the rows are there for readers."""
+        return latest_generation(self.writer.folder) > 0
+
+    def stream(self, keys: list[str], stage: str) -> Batches:
+        """Stream images in batches with a progress bar of their own: "keys", "x" (b, 3, S, S) in [-1, 1], "bad"."""
+        with self._bar(stage, len(keys)) as bar:
+            yield from self._stream(keys, bar)
+
+    def each_shard(self, stage: str, finished: Callable[[int], bool], do: Callable[[int, Batches], None]) -> None:
+        """Finish every shard, together with whoever else works on the store.
+
+        Args:
+            stage: its name.
+            finished: whether a shard is, whoever did it.
+            do: finishes a shard from its batches; it may be called again for a shard that is finished.
+        """
+        todo = list(range(len(self.shards)))
+        with self._bar(stage, len(self.keys)) as bar:
+            while todo:
+                if not self._finish_one(stage, todo, finished, do, bar) and todo:
+                    time.sleep(POLL_S)
+
+    def _finish_one(
+        self,
+        stage: str,
+        todo: list[int],
+        finished: Callable[[int], bool],
+        do: Callable[[int, Batches], None],
+        bar: tqdm,
+    ) -> bool:
+        """Finish the first shard that is free and strike it and what others have finished off the list."""
+        for index in [*todo]:  # at the front: finished ones, then those of others, then the first free one
+            if finished(index):
+                bar.update(len(self.shards[index]))
+                todo.remove(index)
+                continue
+            with self.leases.take(f"{stage}-{index:05d}") as mine:
+                if mine and not finished(index):
+                    batches = self._stream(self.shards[index], bar)
+                    _do_unless_done(partial(finished, index), partial(do, index, batches))
+                    todo.remove(index)
+                if mine:
+                    return True
+        return False
+
+    def once(self, name: str, finished: Callable[[], bool], do: Callable[[], Any]) -> None:
+        """Do something that one process does and the others wait for.
+
+        Args:
+            name: of what is done.
+            finished: whether it is, whoever did it.
+            do: does it; it may be called again when it is finished.
+        """
+        while not finished():
+            with self.leases.take(name) as mine:
+                if mine and not finished():
+                    _do_unless_done(finished, do)
+            if not mine:
+                time.sleep(POLL_S)
+
+    def _stream(self, keys: list[str], bar: tqdm) -> Batches:
+        for batch in batches(self.source, keys, self.config.size_px, self.config.batch_size, WORKERS):
+            yield {**batch, "x": to_model_range(batch["image"])}
+            bar.update(len(batch["keys"]) + len(batch["bad"]))
+
+    def _bar(self, stage: str, total: int) -> tqdm:
+        return tqdm(total=total, desc=stage, unit=" images", disable=self.quiet)
+
+
+def _do_unless_done(finished: Callable[[], bool], do: Callable[[], Any]) -> None:
+    try:
+        do()
+    except FileNotFoundError:
+        if not finished():  # else another process took over, finished it and cleared up behind it
+            raise
