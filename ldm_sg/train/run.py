@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -125,7 +126,14 @@ class Run:
         return {name: tensor.copy() for name, tensor in tensors.items()}
 
 
-def build_network(config: ModelConfig, facts: StoreFacts) -> UNet:
+class Space(NamedTuple):
+    """What a network needs to know of the data."""
+
+    latent_shape: list[int]  # (C, h, w)
+    num_clusters: int  # K
+
+
+def build_network(config: ModelConfig, facts: StoreFacts | Space) -> UNet:
     """Make the network that a configuration and a store describe.
 
     Args:
