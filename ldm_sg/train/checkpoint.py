@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm_sg.train.ema import EMA
-from ldm_sg.weights import refuse_nonfinite
 
 FILES = ("network.safetensors", "ema.safetensors", "optimizer.pt")
 
@@ -85,10 +84,9 @@ def load_weights(network: nn.Module, path: Path) -> None:
         path: a file that `save_checkpoint` wrote.
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if names or shapes differ, the file is damaged, or a weight is NaN.
+        ValueError: if names or shapes differ, or the file is damaged.
     """
     weights = _read(path, load_file)
-    refuse_nonfinite(weights, path)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
