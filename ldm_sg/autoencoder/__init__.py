@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm_sg.autoencoder.identity import Identity
 from ldm_sg.autoencoder.kl_f8 import KLF8
 from ldm_sg.autoencoder.patch_pca import PatchPCA, PatchPCAFit
+from ldm_sg.autoencoder.pretrained import PretrainedFit
 from ldm_sg.autoencoder.taesd import TAESD
 from ldm_sg.config import AnnotateConfig
 
@@ -72,8 +73,8 @@ class Fit(Protocol):
 FITS: dict[str, Callable[[AnnotateConfig], Fit]] = {
     "patch-pca": lambda config: PatchPCAFit(config.patch_px, config.latent_channels),
     "identity": lambda config: Identity(),
-    "kl-f8": lambda config: KLF8(split_name(config.autoencoder)[1]),
-    "taesd": lambda config: TAESD(split_name(config.autoencoder)[1]),
+    "kl-f8": lambda config: PretrainedFit(KLF8, split_name(config.autoencoder)[1]),
+    "taesd": lambda config: PretrainedFit(TAESD, split_name(config.autoencoder)[1]),
 }
 
 LOADERS: dict[str, Callable[[dict[str, np.ndarray]], Autoencoder]] = {

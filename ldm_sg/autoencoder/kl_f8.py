@@ -136,7 +136,7 @@ class _InRun(KLF8):
     def __init__(self, tensors: dict[str, Tensor]):
         data = b"".join(tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors))
         self.sha256 = hashlib.sha256(data).hexdigest()
-        self._take(tensors, None, Path("autoencoder/weights.safetensors"))
+        self._take(tensors, Path("autoencoder/weights.safetensors"))
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The weights."""

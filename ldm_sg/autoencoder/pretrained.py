@@ -38,14 +38,13 @@ class Pretrained:
         if sha256 not in (None, self.sha256):
             raise ValueError(f"{file}: got weights with SHA-256 {self.sha256[:12]}, expected {str(sha256)[:12]}")
         self.weights = str(file) if Path(weights).expanduser().exists() and weights else weights or self.usual
-        beside = file.with_name("config.json")
-        settings = json.loads(beside.read_text()) if beside.is_file() else None
-        self._take(self.convert(read_checkpoint(file)[0]), settings, file)
+        self._take(self.convert(read_checkpoint(file)[0]), file, file.with_name("config.json"))
 
-    def _take(self, tensors: dict[str, Tensor], settings: dict[str, Any] | None, file: Path) -> None:
+    def _take(self, tensors: dict[str, Tensor], file: Path, told: Path | None = None) -> None:
         refuse_nonfinite(tensors, file)
         try:
-            network = self.build(self.settings_of(tensors) if settings is None else settings)
+            is_told = told is not None and told.is_file()
+            network = self.build(json.loads(told.read_text()) if is_told else self.settings_of(tensors))
             network.load_state_dict(tensors)
         except ImportError as error:
             raise ValueError(f"{self.kind} needs {error.name}: pip install 'ldm_sg[vae]', {WAY_ON}") from error
@@ -82,23 +81,38 @@ class Pretrained:
         name = tensors["weights"].tobytes().decode("utf-8", "surrogateescape")
         return cls(name, tensors["sha256"].tobytes().hex())
 
-    def add(self, x: Tensor) -> None:
-        """Nothing to fit."""
-
-    def sums(self) -> dict[str, np.ndarray]:
-        """Nothing was summed."""
-        return {}
-
-    def merge(self, sums: dict[str, np.ndarray]) -> None:
-        """Nothing to add."""
-
-    def finish(self, sample: Iterable[Tensor] = ()) -> Self:
-        """The autoencoder itself."""
-        return self
-
     @torch.no_grad()
     def _chunks(self, function: Any, x: Tensor) -> Tensor:
         """Apply the network to x (B, ...) in parts of `CHUNK`."""
         padded = torch.cat([x, x[-1:].expand(-len(x) % CHUNK, *x.shape[1:])])
         parts = [function(part.to(self.device)).float().to(x.device) for part in padded.split(CHUNK)]
         return torch.cat(parts)[: len(x)]
+
+
+class PretrainedFit:
+    """The `Fit` of an autoencoder that was trained before: nothing to learn, and weights that are looked for at once.
+
+    Args:
+        made: its class.
+        weights: as `Pretrained` takes them.
+    Raises:
+        FileNotFoundError, ValueError: at once, if there are no such weights.
+    """
+
+    def __init__(self, made: type[Pretrained], weights: str = ""):
+        find_weights(weights or made.usual, FILES)
+        self.made, self.weights = made, weights
+
+    def add(self, x: Tensor) -> None:
+        """Learn nothing from a batch."""
+
+    def sums(self) -> dict[str, np.ndarray]:
+        """Nothing was summed."""
+        return {}
+
+    def merge(self, sums: dict[str, np.ndarray]) -> None:
+        """Learn nothing from another fit."""
+
+    def finish(self, sample: Iterable[Tensor] = ()) -> Any:
+        """Load the autoencoder."""
+        return self.made(self.weights)

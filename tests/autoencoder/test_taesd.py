@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_sg.autoencoder import TAESD, load_autoencoder
+from ldm_sg.autoencoder import TAESD, fit_autoencoder, load_autoencoder
+from ldm_sg.config import AnnotateConfig
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -36,6 +37,8 @@ def test_agrees_with_diffusers_and_is_rebuilt_alike(folder: Path) -> None:
     assert (made.channels, made.downsample, z.shape) == (4, 8, (3, 4, 2, 3))
     torch.testing.assert_close(z, latents, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(made.decode(z), decoded, rtol=1e-5, atol=1e-5)
+    fitted = fit_autoencoder(AnnotateConfig(autoencoder=f"taesd={folder}"))
+    assert fitted.sums() == {} and fitted.finish(()).id == made.id
     again = load_autoencoder(f"taesd={folder}", made.tensors())
     assert again.id == made.id and torch.equal(again.decode(z), made.decode(z))
 
