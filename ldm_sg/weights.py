@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import pickle
+import re
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -115,12 +117,14 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path), 0
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # on pickles of another protocol: refused just below
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if "Unsupported" not in str(error):
             raise ValueError(f"{path} is no whole checkpoint: expected safetensors or a file of torch.save") from error
-        named = str(error).split("GLOBAL ")[-1].split(" ")[0]
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        named = found[1] if found else "a pickle that torch.save did not write"
         raise ValueError(
             f"{path} needs code to be read ({named}), which is refused: save its state_dict alone and use that file"
         ) from error
