@@ -19,7 +19,6 @@ from yaml import YAMLError
 CONFIG_ROOT = Path(__file__).resolve().parents[1] / "configs"
 
 CHOICES = {
-    "annotate.autoencoder": ("patch-pca", "identity"),
     "diffusion.parameterisation": ("eps", "v", "edm"),
     "diffusion.schedule": ("linear", "scaled_linear", "cosine", "edm"),
     "diffusion.loss": ("l2", "l1"),
@@ -27,6 +26,7 @@ CHOICES = {
     "train.precision": ("auto", "fp32", "bf16"),
     "sample.sampler": ("ddim", "ddpm", "heun", "dpm++2m"),
 }
+AUTOENCODERS = ("patch-pca", "identity", "kl-f8", "taesd")
 MAX_SEED = 2**32 - 1  # torch's CPU generator ignores higher bits
 RANGES = {  # both ends included; None is let pass
     "annotate.limit": (1, 2**63 - 1),
@@ -49,7 +49,7 @@ class AnnotateConfig:
 
     dataset: str = "elpv"  # a name of ldm_sg.data.DATASETS, a path, or a URL
     size_px: int = 256  # side of the square that images are cropped and resized to
-    autoencoder: str = "patch-pca"  # a name of ldm_sg.autoencoder.AUTOENCODERS
+    autoencoder: str = "patch-pca"  # or identity, kl-f8, taesd; kl-f8=<file, folder or repository> names the weights
     patch_px: int = 16  # patch-pca: side of a patch, also the downsampling factor
     latent_channels: int = 16  # patch-pca: components kept per patch
     features: str = "patch-quantiles"  # that, a timm or Hugging Face name, or a checkpoint (annotate/backbones.py)
@@ -75,6 +75,7 @@ class ModelConfig:
     tokens: bool = False  # guidance tokens in the attention
     dropout: float = 0.0
     norm_groups: int = 32  # at most so many per normalisation
+    checkpointing: bool = False  # keep less for the backward pass and compute it again: slower, and less memory
 
 
 @dataclass
@@ -195,6 +196,11 @@ def check(config: Config) -> None:
         value = _value(config, key)
         if value not in choices:
             raise ValueError(f"{key}: got {value!r}, expected one of {', '.join(choices)}")
+    kind, separator, weights = config.annotate.autoencoder.partition("=")
+    takes_weights = kind in ("kl-f8", "taesd")
+    if kind not in AUTOENCODERS or (separator and not (takes_weights and weights)):
+        expected = f"one of {', '.join(AUTOENCODERS)}, the last two perhaps with =<file, folder or repository>"
+        raise ValueError(f"annotate.autoencoder: got {config.annotate.autoencoder!r}, expected {expected}")
     positive = (
         "train.batch_size",
         "train.lr",

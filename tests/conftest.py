@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -152,3 +154,9 @@ def tool(tools: Callable[..., list[subprocess.CompletedProcess[str]]]) -> Tool:
         return tools((name, *arguments, keywords))[0]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def compvis() -> SimpleNamespace:
+    """The functions of tests/compvis_format.py."""
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "tests" / "compvis_format.py")))

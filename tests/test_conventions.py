@@ -22,12 +22,12 @@ EVERYTHING = PACKAGE + [p for name in ("tools", "tests", "benchmarks") for p in 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 MAY_IMPORT: dict[str, set[str]] = {  # part of ldm_sg -> the other parts that it may know
-    **{name: set() for name in ("config", "cli", "hardware", "ops", "store", "data")},
+    **{name: set() for name in ("config", "cli", "hardware", "ops", "store", "data", "weights")},
     "diffusion": {"ops"},
     "model": {"ops"},
-    "autoencoder": {"config"},
+    "autoencoder": {"config", "hardware", "weights"},
     "annotate": {"ops", "config", "hardware", "data", "autoencoder", "store"},
-    "train": {"ops", "config", "hardware", "data", "autoencoder", "store", "model", "diffusion"},
+    "train": {"ops", "config", "hardware", "weights", "data", "autoencoder", "store", "model", "diffusion"},
 }
 MAY_IMPORT["sample"] = MAY_IMPORT["train"] | {"train"}
 MAY_IMPORT["evaluate"] = MAY_IMPORT["sample"] | {"sample", "annotate"}

@@ -14,7 +14,7 @@ import numpy as np
 
 from ldm_sg.annotate.features import Extractor, ExtractorFit, fit_features, load_features
 from ldm_sg.annotate.job import Batches, Job
-from ldm_sg.autoencoder import FITS, Autoencoder, Fit, load_autoencoder
+from ldm_sg.autoencoder import Autoencoder, Fit, fit_autoencoder, load_autoencoder
 from ldm_sg.config import AnnotateConfig
 from ldm_sg.store import Store
 from ldm_sg.store.format import Tensors, map_tensors, to_json, write_tensors
@@ -49,7 +49,7 @@ class EncoderFits:
     @classmethod
     def start(cls, config: AnnotateConfig) -> EncoderFits:
         """Make fits that have seen nothing."""
-        return cls(FITS[config.autoencoder](config), fit_features(config.features, config.size_px))
+        return cls(fit_autoencoder(config), fit_features(config.features, config.size_px))
 
     def sums(self) -> Tensors:
         """Return the sums of both; {} if neither is fitted."""

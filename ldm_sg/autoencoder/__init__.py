@@ -13,7 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from ldm_sg.autoencoder.identity import Identity
+from ldm_sg.autoencoder.kl_f8 import KLF8
 from ldm_sg.autoencoder.patch_pca import PatchPCA, PatchPCAFit
+from ldm_sg.autoencoder.pretrained import PretrainedFit
+from ldm_sg.autoencoder.taesd import TAESD
 from ldm_sg.config import AnnotateConfig
 
 
@@ -70,28 +73,67 @@ class Fit(Protocol):
 FITS: dict[str, Callable[[AnnotateConfig], Fit]] = {
     "patch-pca": lambda config: PatchPCAFit(config.patch_px, config.latent_channels),
     "identity": lambda config: Identity(),
+    "kl-f8": lambda config: PretrainedFit(KLF8, split_name(config.autoencoder)[1]),
+    "taesd": lambda config: PretrainedFit(TAESD, split_name(config.autoencoder)[1]),
 }
 
 LOADERS: dict[str, Callable[[dict[str, np.ndarray]], Autoencoder]] = {
     "patch-pca": PatchPCA.from_tensors,
     "identity": Identity.from_tensors,
+    "kl-f8": KLF8.from_tensors,
+    "taesd": TAESD.from_tensors,
 }
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split "kl-f8=<weights>" into a key of `FITS` and the weights, "" for the usual ones."""
+    kind, _, weights = name.partition("=")
+    return kind, weights
+
+
+def fit_autoencoder(config: AnnotateConfig) -> Fit:
+    """Begin to fit the autoencoder of a configuration.
+
+    Args:
+        config: names it: a key of `FITS`; for `kl-f8` and `taesd` also "kl-f8=<file, folder or repository>".
+    Returns:
+        What sees every image once; a pretrained autoencoder has nothing to fit.
+    Raises:
+        FileNotFoundError: for weights that are not on this machine and cannot be fetched.
+        ValueError: for settings or weights that do not fit.
+    """
+    return FITS[split_name(config.autoencoder)[0]](config)
 
 
 def load_autoencoder(name: str, tensors: dict[str, np.ndarray]) -> Autoencoder:
     """Rebuild an autoencoder from what a store or a run kept of it.
 
     Args:
-        name: a key of `LOADERS`.
+        name: a key of `LOADERS`, perhaps with "=<weights>"; the tensors say which weights it was.
         tensors: what `Autoencoder.tensors` gave.
     Returns:
-        The autoencoder, on the CPU.
+        The autoencoder.
     Raises:
-        ValueError: for an unknown name.
+        FileNotFoundError: if pretrained weights are gone.
+        ValueError: for an unknown name, or for weights that are no longer the same.
     """
-    if name not in LOADERS:
+    kind, _ = split_name(name)
+    if kind not in LOADERS:
         raise ValueError(f"got autoencoder {name!r}, expected one of {', '.join(LOADERS)}")
-    return LOADERS[name](tensors)
+    return LOADERS[kind](tensors)
 
 
-__all__ = ["FITS", "LOADERS", "Autoencoder", "Fit", "Identity", "PatchPCA", "PatchPCAFit", "load_autoencoder"]
+__all__ = [
+    "FITS",
+    "KLF8",
+    "LOADERS",
+    "TAESD",
+    "Autoencoder",
+    "Fit",
+    "Identity",
+    "PatchPCA",
+    "PatchPCAFit",
+    "fit_autoencoder",
+    "load_autoencoder",
+    "split_name",
+]

@@ -7,9 +7,11 @@ tokens join the image tokens at the attention sites (appendix B).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm_sg.model.attention import Attention
 from ldm_sg.model.blocks import ResBlock, time_features
@@ -44,6 +46,7 @@ class UNet(nn.Module):
         tokens: whether guidance tokens join the attention.
         dropout: inside the residual blocks.
         norm_groups: at most so many per normalisation; few keep how bright and grainy a whole image is. ADM has 32.
+        checkpointing: whether training keeps only the stages' outputs and computes the rest again on the way back.
     Source: Dhariwal & Nichol (2021), section 3; Rombach et al. (2022), appendix; paper eq. 7, 8, 9 and table 11.
     """
 
@@ -61,8 +64,10 @@ class UNet(nn.Module):
         tokens: bool = False,
         dropout: float = 0.0,
         norm_groups: int = 32,
+        checkpointing: bool = False,
     ):
         super().__init__()
+        self.checkpointing = checkpointing
         self.channels, self.num_clusters, self.spatial_channels = channels, num_clusters, spatial_channels
         self.base, self.downsample = base, 2 ** (len(multipliers) - 1)
         guided = num_clusters > 0
@@ -71,15 +76,12 @@ class UNet(nn.Module):
         self.tokens = GuidanceTokens(num_clusters) if guided and tokens else None
         embed_width = 4 * base + EMBED_WIDTH * guided
 
-        def attend(c: int) -> Attention:
-            return Attention(c, heads, self.tokens is not None, norm_groups)
-
-        def block(c_in: int, c_out: int, resample: str = "none") -> ResBlock:
-            return ResBlock(c_in, c_out, embed_width, resample, dropout, norm_groups)
+        block = partial(ResBlock, embed_width=embed_width, dropout=dropout, norm_groups=norm_groups)
+        attend = partial(Attention, heads=heads, has_tokens=self.tokens is not None, norm_groups=norm_groups)
 
         def stage(c_in: int, c_out: int, factor: int, resample: str = "none") -> Stage:
             here = attention is not None and factor in attention and resample == "none"
-            return Stage(block(c_in, c_out, resample), attend(c_out) if here else None)
+            return Stage(block(c_in, c_out, resample=resample), attend(c_out) if here else None)
 
         width, factor = base * multipliers[0], 1
         self.conv_in = nn.Conv2d(channels + spatial_channels, width, 3, padding=1)
@@ -158,14 +160,19 @@ class UNet(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for stage in self.down:
-            h = stage(h, embedding, tokens)
+            h = self._run(stage, h, embedding, tokens)
             skips.append(h)
-        h = self.middle_out(self.middle_in(h, embedding, tokens), embedding)
+        h = self.middle_out(self._run(self.middle_in, h, embedding, tokens), embedding)
         for stage in self.up:
             if stage.block.resample == "none":
                 h = torch.cat([h, skips.pop()], dim=1)
-            h = stage(h, embedding, tokens)
+            h = self._run(stage, h, embedding, tokens)
         return self.conv_out(self.norm_out(h)).float()
+
+    def _run(self, stage: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(stage, *inputs, use_reentrant=False)
+        return stage(*inputs)
 
     def check_guidance(self, label: Tensor | None, spatial: Tensor | None) -> None:
         """Refuse guidance that this network was built without, or of another width: ValueError."""

@@ -10,8 +10,11 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ from ldm_sg.config import Config, DiffusionConfig, ModelConfig, differences, loa
 from ldm_sg.diffusion import Schedule, build_schedule
 from ldm_sg.model import UNet
 from ldm_sg.store import Store
-from ldm_sg.store.format import map_tensors, write_tensors
+from ldm_sg.store.format import Tensors, map_tensors, write_tensors
 
 RUNS_ROOT = Path("runs")
 
@@ -51,6 +54,8 @@ class StoreFacts:
     def describe(self) -> str:
         """Say in one line what the guidance is: the annotation's provenance."""
         p = self.provenance
+        if "imported" in p:
+            return f"imported from {p['imported']}, without guidance; latents {self.autoencoder}"
         return (
             f"{self.num_images} images of {Path(self.dataset).name}, column {self.column}: {p['algorithm']}, "
             f"K={self.num_clusters}, seed {p['seed']}, on {self.features}; latents {self.autoencoder}"
@@ -121,7 +126,14 @@ class Run:
         return {name: tensor.copy() for name, tensor in tensors.items()}
 
 
-def build_network(config: ModelConfig, facts: StoreFacts) -> UNet:
+class Space(NamedTuple):
+    """What a network needs to know of the data."""
+
+    latent_shape: list[int]  # (C, h, w)
+    num_clusters: int  # K
+
+
+def build_network(config: ModelConfig, facts: StoreFacts | Space) -> UNet:
     """Make the network that a configuration and a store describe.
 
     Args:
@@ -144,6 +156,7 @@ def build_network(config: ModelConfig, facts: StoreFacts) -> UNet:
         tokens=config.tokens,
         dropout=config.dropout,
         norm_groups=config.norm_groups,
+        checkpointing=config.checkpointing,
     )
     if any(side % network.downsample for side in sides):
         raise ValueError(
@@ -243,20 +256,40 @@ def create_run(path: Path, config: Config, store: Store) -> Run:
         The opened run.
     """
     facts = facts_of(store, config.annotate.column)
+    features = {**store.asset("features")[0], **store.asset(f"clusters-{facts.column}")[0]}
+    with complete_folder(path) as partial:
+        write_run(partial, config, facts, store.asset("autoencoder")[0], features)
+    return open_run(path)
+
+
+def write_run(folder: Path, config: Config, facts: StoreFacts, autoencoder: Tensors, features: Tensors) -> None:
+    """Fill a run folder with everything but checkpoints.
+
+    Args:
+        folder: empty.
+        config: resolved.
+        facts: of the data.
+        autoencoder: what `Autoencoder.tensors` gave.
+        features: weights of the feature definition, and "centroids".
+    """
+    save_config(config, folder / "config.yaml")
+    (folder / "store.json").write_text(json.dumps(asdict(facts), indent=1))
+    for part, tensors in (("autoencoder", autoencoder), ("features", features)):
+        (folder / part).mkdir()
+        write_tensors(folder / part / "weights.safetensors", tensors, {})
+
+
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """Give a folder beside `path` to fill; it becomes `path` at the end, or goes away if anything fails."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        for part in ("autoencoder", "features"):
-            (partial / part).mkdir(parents=True)
-        save_config(config, partial / "config.yaml")
-        (partial / "store.json").write_text(json.dumps(asdict(facts), indent=1))
-        write_tensors(partial / "autoencoder" / "weights.safetensors", store.asset("autoencoder")[0], {})
-        weights = {**store.asset("features")[0], **store.asset(f"clusters-{facts.column}")[0]}
-        write_tensors(partial / "features" / "weights.safetensors", weights, {})
+        partial.mkdir()
+        yield partial
         partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return open_run(path)
 
 
 def open_run(path: Path) -> Run:

@@ -17,7 +17,7 @@ from ldm_sg.annotate.kmeans import fit_kmeans
 from ldm_sg.annotate.pipeline import latent_statistics, stored_projection
 from ldm_sg.annotate.rows import ProjectedRows
 from ldm_sg.autoencoder import FITS, LOADERS, load_autoencoder
-from ldm_sg.config import CHOICES, AnnotateConfig
+from ldm_sg.config import AUTOENCODERS, AnnotateConfig
 from ldm_sg.data import FolderSource, load_images, open_source, to_model_range
 from ldm_sg.store import Store, verify
 
@@ -191,4 +191,4 @@ def test_manifest_says_how_it_was_made(tiny_store: Store) -> None:
 
 def test_the_configuration_knows_what_there_is() -> None:
     assert tuple(FEATURES) == tuple(FEATURE_LOADERS)  # other names are those of pretrained networks
-    assert CHOICES["annotate.autoencoder"] == tuple(FITS) == tuple(LOADERS)
+    assert tuple(AUTOENCODERS) == tuple(FITS) == tuple(LOADERS)

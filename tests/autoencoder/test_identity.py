@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm_sg.autoencoder import FITS, LOADERS, Identity, load_autoencoder
-from ldm_sg.config import AnnotateConfig
+from ldm_sg.autoencoder import FITS, LOADERS, Identity, fit_autoencoder, load_autoencoder
+from ldm_sg.config import AUTOENCODERS, AnnotateConfig
 
 
 def test_pixels_stay_pixels() -> None:
@@ -16,10 +16,10 @@ def test_pixels_stay_pixels() -> None:
     assert (made.id, made.channels, made.downsample) == ("identity", 3, 1)
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", ["patch-pca", "identity"])
 def test_every_autoencoder_is_fitted_kept_and_rebuilt_alike(name: str) -> None:
     x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    fit = FITS[name](AnnotateConfig(patch_px=4, latent_channels=5))
+    fit = fit_autoencoder(AnnotateConfig(autoencoder=name, patch_px=4, latent_channels=5))
     fit.add(x)
     made = fit.finish()
     z = made.sample(made.encode(x))
@@ -31,6 +31,6 @@ def test_every_autoencoder_is_fitted_kept_and_rebuilt_alike(name: str) -> None:
 
 
 def test_registries_agree_and_refuse_others() -> None:
-    assert FITS.keys() == LOADERS.keys()
+    assert FITS.keys() == LOADERS.keys() == set(AUTOENCODERS)
     with pytest.raises(ValueError, match="got autoencoder 'kl-f9', expected one of patch-pca, identity"):
         load_autoencoder("kl-f9", {})

@@ -169,3 +169,29 @@ def test_layout_does_not_matter() -> None:
         network.to(memory_format=torch.channels_last)
         last = network(x.to(memory_format=torch.channels_last), time, label, mask)
     torch.testing.assert_close(last, plain, rtol=1e-4, atol=1e-4)
+
+
+def kept_and_gradients(network: UNet) -> tuple[int, list[Tensor | None]]:
+    """Run forward and backward; returns how many values the forward pass kept, and the weights' gradients."""
+    x, time = inputs()
+    sizes: list[int] = []
+    torch.manual_seed(3)  # of dropout
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        loss = network.train()(x, time, one_hot(torch.arange(3), 5)).square().sum()
+    loss.backward()
+    return sum(sizes), [p.grad for p in network.parameters()]
+
+
+def test_checkpointing_keeps_less_and_gives_the_same_gradients() -> None:
+    settings = {"num_clusters": 5, "tokens": True, "dropout": 0.1}
+    plain, gradients = kept_and_gradients(tiny(**settings))
+    less, again = kept_and_gradients(tiny(**settings, checkpointing=True))
+    assert less < 0.5 * plain
+    assert all(a is not None and torch.equal(a, b) for a, b in zip(gradients, again))
+
+
+def test_checkpointing_is_for_training_alone() -> None:
+    x, time = inputs()
+    a, b = tiny(), tiny(checkpointing=True)
+    with torch.no_grad():
+        assert torch.equal(a(x, time), b(x, time))
