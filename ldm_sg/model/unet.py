@@ -67,9 +67,8 @@ class UNet(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
-        self.checkpointing = checkpointing
         self.channels, self.num_clusters, self.spatial_channels = channels, num_clusters, spatial_channels
-        self.base, self.downsample = base, 2 ** (len(multipliers) - 1)
+        self.base, self.downsample, self.checkpointing = base, 2 ** (len(multipliers) - 1), checkpointing
         guided = num_clusters > 0
         self.time_embed = nn.Sequential(nn.Linear(base, 4 * base), nn.SiLU(), nn.Linear(4 * base, 4 * base))
         self.label_embed = guidance_embedding(num_clusters) if guided else None
