@@ -67,7 +67,7 @@ def test_the_default_configurations_exist() -> None:
         ("train=3", ["TrainConfig"]),
         ("train.lr", ["train.lr", "section.key=value"]),
         ("train.lr=[1", ["key=value", "expected ',' or ']'"]),
-        ("sample.sampler=ddpm", ["sample.sampler", "ddpm", "ddim, heun, dpm++2m"]),
+        ("sample.sampler=plms", ["sample.sampler", "plms", "ddim, ddpm, heun, dpm++2m"]),
         ("diffusion.schedule=sqrt", ["diffusion.schedule", "sqrt", "scaled_linear"]),
         ("diffusion.schedule=edm", ["diffusion.schedule", "diffusion.parameterisation=edm"]),
         ("train.drop_prob=1.5", ["train.drop_prob", "1.5", "0 to 1"]),
