@@ -188,7 +188,15 @@ def _unpack(path: Path, folder: Path) -> None:
             archive.extractall(folder)
     else:
         with tarfile.open(path) as archive:
-            archive.extractall(folder, filter="data")
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 on
+            archive.extractall(folder, [_inside(member, folder) for member in archive])
+
+
+def _inside(member: tarfile.TarInfo, folder: Path) -> tarfile.TarInfo:
+    within = (folder / member.name).resolve().is_relative_to(folder.resolve())
+    if not within or not (member.isfile() or member.isdir()):
+        raise tarfile.TarError(f"{member.name} is no plain file inside the archive")
+    return member
 
 
 def _inner(unpacked: Path, creates: str) -> Path:
