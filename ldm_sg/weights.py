@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 PLACE = Path("weights")
+HUB = "https://huggingface.co"
 REACH_S = 3  # seconds that the hub has to answer before it counts as out of reach
 WAY_ON = "or go on without: --autoencoder patch-pca --features patch-quantiles"
 
@@ -58,7 +59,8 @@ def find_weights(name: str, files: tuple[str, ...]) -> Path:
         raise FileNotFoundError(f"no weights at {path}: expected a file, or a folder with {' and '.join(files)}")
     if name.count("/") != 1:
         raise ValueError(f"got weights {name!r}, expected a path or a repository such as stabilityai/sd-vae-ft-mse")
-    return [_from_hub(name, file, files) for file in files][-1]
+    advice = f"put {' and '.join(files)} of {HUB}/{name} into {PLACE / name}/"
+    return [from_hub(name, (file,), advice) for file in files][-1]
 
 
 def _of_folder(folder: Path, files: tuple[str, ...]) -> Path:
@@ -68,29 +70,38 @@ def _of_folder(folder: Path, files: tuple[str, ...]) -> Path:
     return (folder / files[-1]).resolve()
 
 
-def _from_hub(repository: str, file: str, files: tuple[str, ...]) -> Path:
+def from_hub(repository: str, files: tuple[str, ...], advice: str) -> Path:
+    """Take a file from the hub's cache, else fetch it.
+
+    Args:
+        repository: of the Hugging Face hub.
+        files: names, the first that is there is taken.
+        advice: what to do without the hub, for the message.
+    Returns:
+        The file.
+    Raises:
+        FileNotFoundError: at once, if none is on this machine and none can be fetched.
+    """
     try:
-        from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
-    except ImportError:
-        raise FileNotFoundError(_place(repository, files, "huggingface_hub is not installed")) from None
-    cached = try_to_load_from_cache(repository, file)
-    if isinstance(cached, str):
-        return Path(cached)
+        from huggingface_hub import constants, errors, file_exists, hf_hub_download, try_to_load_from_cache
+    except ImportError as error:
+        raise FileNotFoundError(_out_of_reach(repository, "huggingface_hub is not installed", advice)) from error
+    for file in files:
+        if isinstance(cached := try_to_load_from_cache(repository, file), str):
+            return Path(cached)
     try:
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         _reach(constants.ENDPOINT)
+        file = next((file for file in files if file_exists(repository, file)), files[0])
         return Path(hf_hub_download(repository, file, etag_timeout=REACH_S))
     except (OSError, ValueError, errors.HTTPError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise FileNotFoundError(_place(repository, files, reason)) from error
+        raise FileNotFoundError(_out_of_reach(repository, reason, advice)) from error
 
 
-def _place(repository: str, files: tuple[str, ...], reason: str) -> str:
-    return (
-        f"{repository} is not on this machine and cannot be fetched ({reason}): put {' and '.join(files)} of "
-        f"https://huggingface.co/{repository} into {PLACE / repository}/, {WAY_ON}"
-    )
+def _out_of_reach(repository: str, reason: str, advice: str) -> str:
+    return f"{repository} is not on this machine and cannot be fetched ({reason}): {advice}, {WAY_ON}"
 
 
 def _reach(address: str) -> None:

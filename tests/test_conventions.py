@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # part of ldm_sg -> the other parts that it
     "diffusion": {"ops"},
     "model": {"ops"},
     "autoencoder": {"config", "hardware", "weights"},
-    "annotate": {"ops", "config", "hardware", "data", "autoencoder", "store"},
+    "annotate": {"ops", "config", "hardware", "weights", "data", "autoencoder", "store"},
     "train": {"ops", "config", "hardware", "weights", "data", "autoencoder", "store", "model", "diffusion"},
 }
 MAY_IMPORT["sample"] = MAY_IMPORT["train"] | {"train"}

@@ -6,11 +6,8 @@ compares. They are looked for as the path given, then in `weights/`, then in the
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +18,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ldm_sg.hardware import autocast, choose_device, choose_dtype
-from ldm_sg.store.format import hash_file
+from ldm_sg.weights import HUB, PLACE, WAY_ON, from_hub, hash_weights
 
-WEIGHTS = Path("weights")  # <timm name>.safetensors, or a folder named as the repository
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 FOLDER_FILES, NORMALISATION = ("model.safetensors", "pytorch_model.bin"), "preprocessor_config.json"
-REACH_S = 3  # seconds that the hub has to answer before it counts as out of reach
 HUGGING_FACE = ("vit", "vit_msn")  # model types whose token 0 is the class token and whose others are the patches
-WAY_ON = "or go on without: --autoencoder patch-pca --features patch-quantiles"
 
 
 class Backbone:
@@ -181,7 +175,7 @@ def load_backbone(name: str, tensors: dict[str, np.ndarray] | None = None) -> Ba
         ValueError: for an unknown name, a file that is no checkpoint of that network, or other weights than before.
     """
     name, file = find_weights(name)
-    sha256 = hash_file(file)
+    sha256 = hash_weights(file)
     if tensors is not None and bytes.fromhex(sha256) != tensors["sha256"].tobytes():
         then = tensors["sha256"].tobytes().hex()
         raise ValueError(f"{file}: got weights with SHA-256 {sha256[:12]}, expected those of the store, {then[:12]}")
@@ -229,15 +223,15 @@ def find_weights(name: str) -> tuple[str, Path]:
             "a Hugging Face repository such as facebook/vit-msn-base, or the path of a checkpoint"
         )
     full = known or name
-    for place in (WEIGHTS / full, *(WEIGHTS / f"{full}{suffix}" for suffix in SUFFIXES)):
+    for place in (PLACE / full, *(PLACE / f"{full}{suffix}" for suffix in SUFFIXES)):
         if place.exists():
             return full, _weights_in(place)
     if known:
-        return full, _from_hub(f"timm/{full}", FOLDER_FILES, WEIGHTS / f"{full}.safetensors")
-    settings = json.loads(_from_hub(full, ("config.json",), WEIGHTS / full / "config.json").read_text())
+        return full, _fetch(f"timm/{full}", FOLDER_FILES, PLACE / f"{full}.safetensors")
+    settings = json.loads(_fetch(full, ("config.json",), PLACE / full / "config.json").read_text())
     if "model_type" in settings:
-        _from_hub(full, (NORMALISATION,), WEIGHTS / full / NORMALISATION)
-    return full, _from_hub(full, FOLDER_FILES, WEIGHTS / full / FOLDER_FILES[0])
+        _fetch(full, (NORMALISATION,), PLACE / full / NORMALISATION)
+    return full, _fetch(full, FOLDER_FILES, PLACE / full / FOLDER_FILES[0])
 
 
 def _weights_in(path: Path) -> Path:
@@ -259,31 +253,10 @@ def _timm_name(name: str) -> str | None:
     return None if found is None else ".".join(filter(None, (found.architecture, found.tag)))
 
 
-def _from_hub(repository: str, files: tuple[str, ...], place: Path) -> Path:
-    """Take the first of several files from the hub's cache, else fetch it; say what to put where if that fails."""
-    from huggingface_hub import constants, errors, file_exists, hf_hub_download, try_to_load_from_cache
-
-    for file in files:
-        cached = try_to_load_from_cache(repository, file)
-        if isinstance(cached, str):
-            return Path(cached)
-    try:
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set")
-        _reach(constants.ENDPOINT)
-        file = next((file for file in files if file_exists(repository, file)), files[0])
-        return Path(hf_hub_download(repository, file, etag_timeout=REACH_S))
-    except (OSError, ValueError, errors.HTTPError) as error:
-        source, reason = (
-            f"{constants.ENDPOINT}/{repository}/resolve/main/{files[0]}",
-            " ".join(str(error).split())[:160],
-        )
-        raise FileNotFoundError(f"{source} cannot be fetched ({reason}): put it at {place}, {WAY_ON}") from error
-
-
-def _reach(address: str) -> None:
-    with contextlib.suppress(urllib.error.HTTPError):  # it answers
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=REACH_S).close()
+def _fetch(repository: str, files: tuple[str, ...], place: Path) -> Path:
+    return from_hub(
+        repository, files, f"fetch {HUB}/{repository}/resolve/main/{files[0]} elsewhere and put it at {place}"
+    )
 
 
 def _from_timm(file: Path, settings: dict[str, Any]) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm_sg.annotate import annotate, backbones
+from ldm_sg import weights
+from ldm_sg.annotate import annotate
 from ldm_sg.annotate.annotator import Annotator
 from ldm_sg.annotate.backbones import Backbone, load_backbone
 from ldm_sg.annotate.features import fit_features, load_features
@@ -117,12 +118,12 @@ def test_supervised_resnet_drops_its_classifier(tmp_path: Path, images: Tensor, 
 
 
 def test_name_finds_the_file_in_weights(tmp_path: Path) -> None:
-    network, place = timm.create_model("resnet18").eval(), tmp_path / backbones.WEIGHTS / "resnet18.a1_in1k.safetensors"
+    network, place = timm.create_model("resnet18").eval(), tmp_path / weights.PLACE / "resnet18.a1_in1k.safetensors"
     place.parent.mkdir()
     save_file(network.state_dict(), place)
     found = load_backbone("resnet18")  # the tag of timm's default weights is added
     assert found.definition["name"] == "resnet18.a1_in1k" and len(found.definition["sha256"]) == 64
-    save_msn(tmp_path / backbones.WEIGHTS / "facebook" / "vit-msn-base")
+    save_msn(tmp_path / weights.PLACE / "facebook" / "vit-msn-base")
     assert load_backbone("facebook/vit-msn-base").size_px == 32
 
 
@@ -154,7 +155,7 @@ def test_missing_weights_are_refused_at_once(name: str, file: str, place: str) -
 
 def test_offline_variable_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(backbones, "_reach", lambda address: pytest.fail("the network was tried"))
+    monkeypatch.setattr(weights, "_reach", lambda address: pytest.fail("the network was tried"))
     with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE is set"):
         load_backbone("vit_base_patch16_224.dino")
 
