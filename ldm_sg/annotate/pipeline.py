@@ -139,10 +139,11 @@ def commit_rows(job: Job, encoders: Encoders) -> None:
         )
     _check_count(num_rows, config)
     mean, std = latent_statistics(_shards_of(writer, num_shards, "latent"), encoders.autoencoder.channels)
-    moments = feature_moments(_shards_of(writer, num_shards, "feature"))
-    projection = normalisation(len(moments.total))
     if encoders.features.projected:
+        moments = feature_moments(_shards_of(writer, num_shards, "feature"))
         projection = fit_projection(moments, *view_features(job, encoders, std))
+    else:
+        projection = normalisation(next(_shards_of(writer, num_shards, "feature")).shape[1])
     writer.add_asset("autoencoder", encoders.autoencoder.tensors(), {"name": config.autoencoder})
     weights = {
         **encoders.features.tensors(),
