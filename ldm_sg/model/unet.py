@@ -139,7 +139,7 @@ class UNet(nn.Module):
         return self.trunk(x, embedding, tokens, spatial)
 
     def embed_time(self, x: Tensor, time: Tensor) -> Tensor:
-        """Embed times, with the latents' statistics: x (B, C, h, w), time (B,) or (1,) for all -> t (B or 1, 4 base)."""
+        """Embed times and latents: x (B, C, h, w), time (B,), or (1,) for all -> t (B or 1, 4 base)."""
         embedding = self.time_embed(time_features(time, self.base).to(x.dtype))
         return embedding if self.statistics is None else embedding + self.statistics(x)
 

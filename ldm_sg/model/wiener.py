@@ -22,7 +22,7 @@ class LatentStatistics(nn.Module):
     Args:
         channels: C.
         width: of the embedding.
-    Source: docs/method.md, m9.
+    Source: docs/method.md, m14.
     """
 
     def __init__(self, channels: int, width: int):
@@ -41,13 +41,13 @@ class WienerFilter(nn.Module):
     """Keep a share of a noisy latent's mean and of its deviation from it, per image and channel, and shift it.
 
     For a channel of mean 0 and variance s^2 in this image, the best linear x_0 is s^2 / (s^2 + sigma^2) x: a constant
-    skip such as EDM's c_skip knows the data's s, not the image's. The mean, of n = h w values, is kept n^(1/4) times its
-    gain: what it needs at high noise is then near 1. Starts at zero.
+    skip such as EDM's c_skip knows the data's s, not the image's. The mean, of n = h w values, is kept n^(1/4) times
+    its gain, as at high noise it can be trusted so much more. Starts at zero.
 
     Args:
         channels: C.
         embed_width: width of the embedding, which has to hold `LatentStatistics`.
-    Source: Wiener (1949); Karras et al. (2022), eq. 7, for c_skip; docs/method.md, m10.
+    Source: Wiener (1949); Karras et al. (2022), eq. 7, for c_skip; docs/method.md, m15.
     """
 
     def __init__(self, channels: int, embed_width: int):
