@@ -1,4 +1,4 @@
-"""The UNet's residual block and its time embedding."""
+"""The UNet's residual block, the stage that it makes with attention, and the embedding of times."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_sg.model.attention import Attention
 from ldm_sg.model.norm import GroupNorm
 
 
@@ -72,3 +73,15 @@ class ResBlock(nn.Module):
         scale, shift = self.embed(F.silu(embedding)).chunk(2, dim=1)
         h = self.conv_out(self.dropout(self.norm_out(h, scale, shift)))
         return self.skip(_resample(x, self.resample)) + h
+
+
+class Stage(nn.Module):
+    """One residual block, followed by attention where there is some."""
+
+    def __init__(self, block: ResBlock, attention: Attention | None):
+        super().__init__()
+        self.block, self.attention = block, attention
+
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+        x = self.block(x, embedding)
+        return x if self.attention is None else self.attention(x, tokens)

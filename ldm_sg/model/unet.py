@@ -14,22 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm_sg.model.attention import Attention
-from ldm_sg.model.blocks import ResBlock, time_features
+from ldm_sg.model.blocks import ResBlock, Stage, time_features
 from ldm_sg.model.guidance import EMBED_WIDTH, GuidanceTokens, guidance_embedding
 from ldm_sg.model.norm import GroupNorm
 from ldm_sg.model.wiener import LatentStatistics, WienerFilter
-
-
-class Stage(nn.Module):
-    """One residual block, followed by attention where there is some."""
-
-    def __init__(self, block: ResBlock, attention: Attention | None):
-        super().__init__()
-        self.block, self.attention = block, attention
-
-    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
-        x = self.block(x, embedding)
-        return x if self.attention is None else self.attention(x, tokens)
 
 
 class UNet(nn.Module):
