@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_sg.model.attention import Attention
+from ldm_sg.model.init import zeroed
 from ldm_sg.model.norm import GroupNorm
 
 
@@ -63,10 +64,8 @@ class ResBlock(nn.Module):
         self.embed = nn.Linear(embed_width, 2 * out_channels)
         self.norm_out = GroupNorm(out_channels, groups=norm_groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv_out = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv_in(_resample(self.norm_in(x), self.resample))

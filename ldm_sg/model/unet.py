@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm_sg.model.attention import Attention
 from ldm_sg.model.blocks import ResBlock, Stage, time_features
 from ldm_sg.model.guidance import EMBED_WIDTH, GuidanceTokens, guidance_embedding
+from ldm_sg.model.init import zeroed
 from ldm_sg.model.norm import GroupNorm
 from ldm_sg.model.wiener import LatentStatistics, WienerFilter
 
@@ -100,9 +101,7 @@ class UNet(nn.Module):
                 factor //= 2
 
         self.norm_out = GroupNorm(width, groups=norm_groups)
-        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        self.conv_out = zeroed(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, spatial: Tensor | None = None) -> Tensor:
         """Run the network.

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ldm_sg.model.init import zeroed
+
 
 class LatentStatistics(nn.Module):
     """Embed the mean and energy of every channel of a noisy latent.
@@ -52,9 +54,7 @@ class WienerFilter(nn.Module):
 
     def __init__(self, channels: int, embed_width: int):
         super().__init__()
-        self.embed = nn.Linear(embed_width, 3 * channels)
-        nn.init.zeros_(self.embed.weight)
-        nn.init.zeros_(self.embed.bias)
+        self.embed = zeroed(nn.Linear(embed_width, 3 * channels))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Filter: x (B, C, h, w), embedding (B, embed_width) -> (B, C, h, w) float32."""
