@@ -26,7 +26,7 @@ from ldm_sg.annotate.fitting import sample_rows
 from ldm_sg.annotate.kmeans import fit_kmeans, nearest
 from ldm_sg.annotate.projection import POWER
 from ldm_sg.annotate.quality import normalised_mutual_information as nmi
-from ldm_sg.annotate.views import LATENT_NOISE, crop_views, decoded_views
+from ldm_sg.annotate.views import crop_views, decoded_views
 from ldm_sg.autoencoder import Autoencoder, PatchPCAFit
 from ldm_sg.data import batches, elpv_source, to_model_range, to_uint8
 from ldm_sg.evaluate.kernel_distance import efficientnet_lite0, image_features
@@ -49,7 +49,7 @@ class Bench:
     held: np.ndarray
     extractor: Extractor
     autoencoder: Autoencoder
-    noise: Tensor  # (1, C, 1, 1), the deviation of the noised view's noise
+    deviation: Tensor  # (1, C, 1, 1), of the latents
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,8 @@ def prepare() -> Bench:
     held = np.setdiff1d(np.arange(len(images)), rows)
     print(f"{len(images)} images, views of {len(rows)} to learn from, of {len(held)} to measure on", flush=True)
     truth = np.array([labels[key] for key in source.keys])
-    deviation = autoencoder.encode(to_model_range(images[rows])).std((0, 2, 3))
-    noise = LATENT_NOISE * deviation.view(1, -1, 1, 1)
-    return Bench(images, truth, rows, held, features.finish(), autoencoder, noise)
+    deviation = autoencoder.encode(to_model_range(images[rows])).std((0, 2, 3), keepdim=True)
+    return Bench(images, truth, rows, held, features.finish(), autoencoder, deviation)
 
 
 def extract(
@@ -90,13 +89,15 @@ def extract(
         "image": lambda x: x,
         "crop": lambda x: crop_views(x, generator),
         "decoded": lambda x: decoded_views(x, bench.autoencoder),
-        "noised": lambda x: decoded_views(x, bench.autoencoder, noise_like(bench.autoencoder.encode(x))),
+        "noised_0.3": lambda x: noised(x, 0.3),
+        "noised_0.6": lambda x: noised(x, 0.6),
         "flip_h": lambda x: x.flip(3),
         "flip_v": lambda x: x.flip(2),
     }
 
-    def noise_like(z: Tensor) -> Tensor:
-        return bench.noise * torch.randn(z.shape, generator=generator)
+    def noised(x: Tensor, level: float) -> Tensor:
+        noise = torch.randn(bench.autoencoder.encode(x).shape, generator=generator)
+        return decoded_views(x, bench.autoencoder, level * bench.deviation * noise)
 
     for start in range(0, len(images), BATCH):
         x = to_model_range(images[start : start + BATCH])

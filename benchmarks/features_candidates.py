@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ldm_sg.annotate.projection import DIRECTIONS, Projection, feature_moments, fit_projection
 
-VIEWS = ("crop", "flip_h", "flip_v", "decoded", "noised")
+VIEWS = ("crop", "flip_h", "flip_v", "decoded", "noised_0.3", "noised_0.6")
+LEARNT = ("crop", "decoded", "noised_0.3", "noised_0.6")  # what `annotate` learns from
 
 Raw = dict[str, np.ndarray]  # "image" or a view -> (m, D) float32
 Project = Callable[[np.ndarray], np.ndarray]  # (m, D) -> (m, d), rows of length 1
@@ -87,9 +88,10 @@ def candidates(raw: np.ndarray, rows: np.ndarray, fit: Raw) -> dict[str, tuple[S
         "decoded, power 0.5": (("decoded",), discriminant(("decoded",), 0.5)),
         "crop + decoded, power 0.5": (both, discriminant(both, 0.5)),
         "crop + decoded + flips, power 0.5": (flips, discriminant(flips, 0.5)),
-        **{f"all views, power {p:g}": (VIEWS, discriminant(VIEWS, p)) for p in (0, 0.25, 0.5, 0.75, 1)},
+        "all views, power 0.25": (VIEWS, discriminant(VIEWS, 0.25)),
+        **{f"all but flips, power {p:g}": (LEARNT, discriminant(LEARNT, p)) for p in (0, 0.25, 0.5, 0.75, 1)},
         **{
-            f"all views, power {p:g}, {d} directions": (VIEWS, discriminant(VIEWS, p, d))
+            f"all but flips, power {p:g}, {d} directions": (LEARNT, discriminant(LEARNT, p, d))
             for p in (0.25, 0.5)
             for d in (8, 12, 24, 32, 48)
         },

@@ -175,7 +175,7 @@ def add_labels(store: Store, source: ImageSource) -> Store:
 
 @torch.inference_mode()
 def view_features(job: Job, encoders: Encoders, deviation: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Extract features of a sample of the images and of their views: cropped, flipped, decoded, decoded with noise.
+    """Extract features of a sample of the images and of their views: cropped, and decoded with more and more noise.
 
     Args:
         job: whose images.
@@ -186,7 +186,7 @@ def view_features(job: Job, encoders: Encoders, deviation: np.ndarray) -> tuple[
     """
     keys = sample_keys(job.writer, len(job.shards))
     generator = torch.Generator().manual_seed(0)
-    scale = LATENT_NOISE * torch.from_numpy(deviation).float().view(1, -1, 1, 1)
+    scale = torch.from_numpy(deviation).float().view(1, -1, 1, 1)
     extract, autoencoder = encoders.features.extract, encoders.autoencoder
     found: list[list[np.ndarray]] = []
     for batch in job.stream(keys, "views"):
@@ -195,10 +195,7 @@ def view_features(job: Job, encoders: Encoders, deviation: np.ndarray) -> tuple[
         views = (
             x,
             crop_views(x, generator),
-            x.flip(3),
-            x.flip(2),
-            decoded_views(x, autoencoder),
-            decoded_views(x, autoencoder, noise),
+            *(decoded_views(x, autoencoder, level * noise) for level in LATENT_NOISE),
         )
         found.append([extract(view).half().numpy() for view in views])
     sample, *views_of = [np.concatenate(parts).astype(np.float32) for parts in zip(*found, strict=True)]

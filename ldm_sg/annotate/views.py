@@ -1,5 +1,5 @@
-"""Views of an image that show the same thing: a small random crop, what the autoencoder leaves of it, and the same
-with a little noise on the latents, as much as a generator leaves there.
+"""Views of an image that show the same thing: a small random crop, and what the autoencoder leaves of it, without and
+with noise on the latents, as little or as much as a generator leaves there.
 
 The projection keeps the directions in which images differ more from each other than from their own views.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm_sg.autoencoder import Autoencoder
 
 CROP_SHARE = (0.90, 0.97)  # of the side
-LATENT_NOISE = 0.3  # in units of each latent channel's deviation
+LATENT_NOISE = (0.0, 0.3, 0.6)  # a decoded view each, in units of the latent channels' deviations
 
 
 def crop_views(x: Tensor, generator: torch.Generator) -> Tensor:
