@@ -38,9 +38,10 @@ def test_plain_dataclasses_come_out(tmp_path: Path) -> None:
     assert all(dataclasses.is_dataclass(getattr(config, f.name)) for f in dataclasses.fields(config))
 
 
-@pytest.mark.parametrize(("text", "value"), [("null", None), ("[]", []), ("[8,4]", [8, 4])])
-def test_attention_may_be_null(text: str, value: list[int] | None) -> None:
+@pytest.mark.parametrize(("text", "value"), [("none", None), ("null", None), ("[]", []), ("[8,4]", [8, 4])])
+def test_attention_may_be_none(text: str, value: list[int] | None, tmp_path: Path) -> None:
     assert load_config(None, [f"model.attention={text}"]).model.attention == value
+    assert load_config(written(tmp_path, f"model: {{attention: {text}}}\n")).model.attention == value
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,26 @@ def _read(path: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         return load(path)
     except Exception as error:  # safetensors and torch raise types of their own on a damaged file
         raise ValueError(f"{path} is damaged ({type(error).__name__}): {mend}") from error
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Find the checkpoint that `latest` names.
+
+    Args:
+        run: the folder that has `latest` and `checkpoints/`.
+    Returns:
+        The checkpoint's folder, or None before the first.
+    Raises:
+        FileNotFoundError: if `latest` names none.
+    """
+    link, folder = run / "latest", run / "checkpoints"
+    if not link.is_file():
+        return None
+    name = link.read_text().strip()
+    if not re.fullmatch(r"step-\d+", name) or not (folder / name).is_dir():
+        known = ", ".join(p.name for p in sorted(folder.glob("step-*"))) or "none"
+        raise FileNotFoundError(f"{link} names {name!r}, expected one of the checkpoints there: {known}")
+    return folder / name
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -200,7 +200,7 @@ def train(run: Run, store: Store, processes: Processes, sample_grid: SampleGrid 
         ValueError: if the loss stops being finite.
     """
     trainer, config = Trainer(run, store, processes), run.config.train
-    progress = Progress(run, trainer.step_done, quiet=not processes.is_first)
+    progress = Progress(run.path, config, trainer.step_done, quiet=not processes.is_first)
     progress.start(f"{describe(processes.device)}, {str(trainer.dtype).removeprefix('torch.')}", processes.world)
     while trainer.step_done < config.steps:
         values = trainer.step()
