@@ -158,6 +158,20 @@ def build_network(config: ModelConfig, facts: StoreFacts | Space) -> UNet:
     return network
 
 
+def network_settings(config: ModelConfig, facts: StoreFacts | Space) -> dict[str, object]:
+    """Collect what a network's weights are worth nothing without, for checkpoints to keep.
+
+    Args:
+        config: the `model` section.
+        facts: gives C and K.
+    Returns:
+        Field -> value.
+    """
+    free = ("dropout", "checkpointing")  # training may change them
+    model = {f"model.{name}": value for name, value in asdict(config).items() if name not in free}
+    return {**model, "latent channels": facts.latent_shape[0], "clusters": facts.num_clusters if config.guided else 0}
+
+
 def build_run_schedule(d: DiffusionConfig) -> Schedule:
     """Make the schedule that a run's configuration describes."""
     return build_schedule(

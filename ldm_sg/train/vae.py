@@ -92,7 +92,10 @@ class VAETrainer:
         )
         self.dtype = choose_dtype(config.train.precision, processes.device)
         latest = newest_checkpoint(folder)
-        self.step_done = load_checkpoint(latest, self.networks, self.ema, self.optimizer) if latest else 0
+        self.settings = {f"vae.{n}": getattr(config.vae, n) for n in ("widths", "num_blocks", "latent_channels")}
+        self.step_done = 0
+        if latest:
+            self.step_done = load_checkpoint(latest, self.networks, self.ema, self.optimizer, self.settings)
 
     def losses(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Give the losses of a batch (B, 3, S, S), scalars; "loss" is the autoencoder's, in units of a pixel's value.
@@ -150,8 +153,9 @@ class VAETrainer:
     def save(self) -> None:
         """Write a checkpoint, from the first process."""
         if self.processes.is_first:
+            state = (self.step_done, self.networks, self.ema, self.optimizer)
             keep = self.config.train.keep_checkpoints
-            save_checkpoint(self.folder / "checkpoints", self.step_done, self.networks, self.ema, self.optimizer, keep)
+            save_checkpoint(self.folder / "checkpoints", *state, keep, self.settings)
         self.processes.barrier()
 
     def averaged(self) -> KLF8:
