@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,11 +217,16 @@ def measure(autoencoder: KLF8, images: np.ndarray) -> tuple[dict[str, float], np
     Returns:
         "psnr_db" and "ssim", and reconstructions (N, S, S, 3) uint8.
     """
-    pairs = []
-    for start in range(0, len(images), BATCH):
-        x = to_model_range(images[start : start + BATCH])
-        pairs.append((x, reconstruct(autoencoder, x)))
-    return compare(pairs), np.concatenate([to_uint8(made) for _, made in pairs])
+    made: list[np.ndarray] = []
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(images), BATCH):
+            x = to_model_range(images[start : start + BATCH])
+            y = reconstruct(autoencoder, x)
+            made.append(to_uint8(y))
+            yield x, y
+
+    return compare(pairs()), np.concatenate(made)
 
 
 def train_vae(
@@ -262,11 +267,12 @@ def train_vae(
             progress.log(step, **shown, lr=learning_rate(step - 1, options))
         if saves:
             trainer.save()
-        if held is not None and options.sample_every and (step % options.sample_every == 0 or last):
-            numbers, made = measure(trainer.averaged(), held)
-            path = picture(held[:SHOWN], made[:SHOWN], folder / "samples" / f"step-{step:08d}.png")
-            progress.picture(step, path, **numbers)
-        processes.barrier()
+        if options.sample_every and (step % options.sample_every == 0 or last):
+            if held is not None:
+                numbers, made = measure(trainer.averaged(), held)
+                path = picture(held[:SHOWN], made[:SHOWN], folder / "samples" / f"step-{step:08d}.png")
+                progress.picture(step, path, **numbers)
+            processes.barrier()
     progress.close()
     return finish(trainer, held) if held is not None else {}
 
