@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ldm_sg.model.guidance import TOKEN_WIDTH
+from ldm_sg.model.init import zeroed
 from ldm_sg.model.norm import GroupNorm
 from ldm_sg.ops import prefix_attention
 
@@ -27,10 +28,8 @@ class Attention(nn.Module):
         self.heads = heads
         self.norm = GroupNorm(channels, silu=False, groups=norm_groups)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = nn.Linear(channels, channels)
+        self.out = zeroed(nn.Linear(channels, channels))
         self.tokens = nn.Linear(TOKEN_WIDTH, 2 * channels) if has_tokens else None
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, tokens: Tensor | None) -> Tensor:
         b, c, h, w = x.shape

@@ -1,4 +1,4 @@
-"""The UNet's residual block and its time embedding."""
+"""The UNet's residual block, the stage that it makes with attention, and the embedding of times."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_sg.model.attention import Attention
+from ldm_sg.model.init import zeroed
 from ldm_sg.model.norm import GroupNorm
 
 
@@ -62,13 +64,23 @@ class ResBlock(nn.Module):
         self.embed = nn.Linear(embed_width, 2 * out_channels)
         self.norm_out = GroupNorm(out_channels, groups=norm_groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv_out = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv_in(_resample(self.norm_in(x), self.resample))
         scale, shift = self.embed(F.silu(embedding)).chunk(2, dim=1)
         h = self.conv_out(self.dropout(self.norm_out(h, scale, shift)))
         return self.skip(_resample(x, self.resample)) + h
+
+
+class Stage(nn.Module):
+    """One residual block, followed by attention where there is some."""
+
+    def __init__(self, block: ResBlock, attention: Attention | None):
+        super().__init__()
+        self.block, self.attention = block, attention
+
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+        x = self.block(x, embedding)
+        return x if self.attention is None else self.attention(x, tokens)

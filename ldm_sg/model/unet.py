@@ -14,21 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm_sg.model.attention import Attention
-from ldm_sg.model.blocks import ResBlock, time_features
+from ldm_sg.model.blocks import ResBlock, Stage, time_features
 from ldm_sg.model.guidance import EMBED_WIDTH, GuidanceTokens, guidance_embedding
+from ldm_sg.model.init import zeroed
 from ldm_sg.model.norm import GroupNorm
-
-
-class Stage(nn.Module):
-    """One residual block, followed by attention where there is some."""
-
-    def __init__(self, block: ResBlock, attention: Attention | None):
-        super().__init__()
-        self.block, self.attention = block, attention
-
-    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
-        x = self.block(x, embedding)
-        return x if self.attention is None else self.attention(x, tokens)
+from ldm_sg.model.wiener import LatentStatistics, WienerFilter
 
 
 class UNet(nn.Module):
@@ -46,6 +36,7 @@ class UNet(nn.Module):
         tokens: whether guidance tokens join the attention.
         dropout: inside the residual blocks.
         norm_groups: at most so many per normalisation; few keep how bright and grainy a whole image is. ADM has 32.
+        wiener: whether each image's own statistics join the time, and filter the noisy latent past the network.
         checkpointing: whether training keeps only the stages' outputs and computes the rest again on the way back.
     Source: Dhariwal & Nichol (2021), section 3; Rombach et al. (2022), appendix; paper eq. 7, 8, 9 and table 11.
     """
@@ -64,6 +55,7 @@ class UNet(nn.Module):
         tokens: bool = False,
         dropout: float = 0.0,
         norm_groups: int = 32,
+        wiener: bool = False,
         checkpointing: bool = False,
     ):
         super().__init__()
@@ -74,6 +66,8 @@ class UNet(nn.Module):
         self.label_embed = guidance_embedding(num_clusters) if guided else None
         self.tokens = GuidanceTokens(num_clusters) if guided and tokens else None
         embed_width = 4 * base + EMBED_WIDTH * guided
+        self.statistics = LatentStatistics(channels, 4 * base) if wiener else None
+        self.filter = WienerFilter(channels, embed_width) if wiener else None
 
         block = partial(ResBlock, embed_width=embed_width, dropout=dropout, norm_groups=norm_groups)
         attend = partial(Attention, heads=heads, has_tokens=self.tokens is not None, norm_groups=norm_groups)
@@ -107,9 +101,7 @@ class UNet(nn.Module):
                 factor //= 2
 
         self.norm_out = GroupNorm(width, groups=norm_groups)
-        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        self.conv_out = zeroed(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, spatial: Tensor | None = None) -> Tensor:
         """Run the network.
@@ -125,7 +117,7 @@ class UNet(nn.Module):
             ValueError: if guidance is given that this network was built without, or shapes do not fit it.
         """
         self.check_guidance(label, spatial)
-        embedding, tokens = self.embed_time(time, x.dtype), None
+        embedding, tokens = self.embed_time(x, time), None
         if self.label_embed is not None:
             if label is None:
                 label = x.new_zeros(x.shape[0], self.num_clusters)
@@ -133,9 +125,10 @@ class UNet(nn.Module):
             embedding = torch.cat([embedding, k], dim=1)  # concat[t, k], Eq. 7
         return self.trunk(x, embedding, tokens, spatial)
 
-    def embed_time(self, time: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Embed times: (B,) -> t (B, 4 base)."""
-        return self.time_embed(time_features(time, self.base).to(dtype))
+    def embed_time(self, x: Tensor, time: Tensor) -> Tensor:
+        """Embed times and latents: x (B, C, h, w), time (B,), or (1,) for all -> t (B or 1, 4 base)."""
+        embedding = self.time_embed(time_features(time, self.base).to(x.dtype))
+        return embedding if self.statistics is None else embedding + self.statistics(x)
 
     def embed_guidance(self, label: Tensor) -> tuple[Tensor, Tensor | None]:
         """Embed labels: (B, K) -> k (B, 256) and, where the network has them, tokens (B, 8, 32)."""
@@ -153,10 +146,11 @@ class UNet(nn.Module):
             (B, C, h, w) float32.
         """
         self._check_latent(x, spatial)
+        h = x
         if self.spatial_channels:
             mask = x.new_zeros(x.shape[0], self.spatial_channels, *x.shape[2:]) if spatial is None else spatial
-            x = torch.cat([x, mask], dim=1)  # (B, C + S, h, w), Eq. 8 and 9
-        h = self.conv_in(x)
+            h = torch.cat([x, mask], dim=1)  # (B, C + S, h, w), Eq. 8 and 9
+        h = self.conv_in(h)
         skips = [h]
         for stage in self.down:
             h = self._run(stage, h, embedding, tokens)
@@ -166,7 +160,8 @@ class UNet(nn.Module):
             if stage.block.resample == "none":
                 h = torch.cat([h, skips.pop()], dim=1)
             h = self._run(stage, h, embedding, tokens)
-        return self.conv_out(self.norm_out(h)).float()
+        f = self.conv_out(self.norm_out(h)).float()
+        return f if self.filter is None else f + self.filter(x, embedding)
 
     def _run(self, stage: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.checkpointing and self.training and torch.is_grad_enabled():

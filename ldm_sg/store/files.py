@@ -47,7 +47,7 @@ class LocalFiles:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of every file by name."""
-        return {name: found.stat().st_size for name, found in walk(self.folder)}
+        return {name: found.st_size for name, found in walk(self.folder)}
 
     def stream(self, name: str) -> BinaryIO:
         """Open a file."""
@@ -58,13 +58,19 @@ class LocalFiles:
         return [cast(BinaryIO, open(self.folder / record["file"], "rb", buffering=0)) for record in records]
 
 
-def walk(folder: Path, prefix: str = "") -> list[tuple[str, os.DirEntry[str]]]:
-    """List every file below a folder with its name relative to it, with "/"."""
-    found = []
+def walk(folder: Path, prefix: str = "") -> list[tuple[str, os.stat_result]]:
+    """List every file below a folder: its name relative to it, with "/", and what the disk says of it.
+
+    Other processes write and clean up meanwhile, so what is gone by the time it is looked at is left out.
+    """
+    found: list[tuple[str, os.stat_result]] = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
-                found += walk(Path(entry.path), f"{prefix}{entry.name}/")
-            else:
-                found.append((prefix + entry.name, entry))
+            try:
+                if entry.is_dir():
+                    found += walk(Path(entry.path), f"{prefix}{entry.name}/")
+                else:
+                    found.append((prefix + entry.name, entry.stat()))
+            except FileNotFoundError:
+                continue
     return found

@@ -50,10 +50,10 @@ def leftovers(folder: str | Path, keep: int = KEEP, grace_s: float = GRACE_S) ->
     for generation in kept:
         needed |= {record["file"] for record in file_records(read_manifest(folder, generation))}
     cut, old = kept[0], []
-    for name, entry in found:
+    for name, info in found:
         reason = None if name in needed else _reason(name, cut)
-        if reason and (stat := entry.stat()).st_mtime < time.time() - grace_s:
-            old.append(Leftover(name, stat.st_size, reason))
+        if reason and info.st_mtime < time.time() - grace_s:
+            old.append(Leftover(name, info.st_size, reason))
     return sorted(old, key=lambda leftover: (not generations([leftover.name]), leftover.name))
 
 

@@ -59,21 +59,14 @@ class Cache:
     def make_room(self, num_bytes: int) -> None:
         """Remove what was used longest ago, until `num_bytes` more are within the bound."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        found = [(path, info) for name, path in walk(self.folder) if (info := _stat(path))]
+        found = walk(self.folder)
         total = sum(info.st_size for _, info in found)
-        for path, info in sorted(found, key=lambda pair: pair[1].st_mtime):
+        for name, info in sorted(found, key=lambda pair: pair[1].st_mtime):
             if total + num_bytes <= self.max_bytes:
                 return
-            if path.name.endswith(SUFFIX) or time.time() - info.st_mtime > STALE_S:
-                Path(path.path).unlink(missing_ok=True)  # another process may be faster
+            if name.endswith(SUFFIX) or time.time() - info.st_mtime > STALE_S:
+                (self.folder / name).unlink(missing_ok=True)  # another process may be faster
                 total -= info.st_size
-
-
-def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
-    try:
-        return entry.stat()
-    except FileNotFoundError:
-        return None
 
 
 class RemoteFiles:

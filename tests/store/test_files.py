@@ -38,3 +38,9 @@ def test_missing_file_is_named(files: LocalFiles) -> None:
 def test_address_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert LocalFiles(Path("store")).address == str(tmp_path / "store")
+
+
+def test_file_that_is_gone_when_it_is_looked_at_is_left_out(files: LocalFiles) -> None:
+    before = files.sizes()
+    (files.folder / "manifest.tmp").symlink_to("renamed away")  # listed, and nothing to stat
+    assert files.sizes() == before

@@ -169,5 +169,5 @@ def test_run_of_a_store_at_a_url(
     monkeypatch.setenv("LDM_SG_CACHE", str(tmp_path / "cache"))
     url = f"file://{tiny_store.folder}"
     run = resume_or_create(tmp_path / "run", tiny_config, Store.open(url))
-    assert run.facts == replace(facts_of(tiny_store, None), store=url)
+    assert run.facts == replace(facts_of(tiny_store, None), store=url, created=run.facts.created)
     assert resume_or_create(run.path, tiny_config, Store.open(url)).facts == run.facts
