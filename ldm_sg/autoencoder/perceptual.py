@@ -62,7 +62,8 @@ class LPIPS(nn.Module):
 
 def _unit(features: Tensor) -> Tensor:
     features = features.float()
-    return features / (features.square().sum(1, keepdim=True).sqrt() + SMALL)
+    norm = features.square().sum(1, keepdim=True).clamp_min(SMALL**2).sqrt()  # where all are 0, so is the gradient
+    return features / (norm + SMALL)
 
 
 def load_lpips() -> tuple[LPIPS, str]:

@@ -18,6 +18,8 @@ from ldm_sg.autoencoder import PatchPCA
 from ldm_sg.evaluate.loader import draw
 from ldm_sg.model import UNet
 
+OPTIONS = ("sampler", "steps", "scale", "guidance_interval", "eta")
+
 
 class SelfGuidedUNet(ModelMixin, ConfigMixin):
     """The UNet as a model of diffusers.
@@ -86,16 +88,16 @@ class SelfGuidedPipeline(DiffusionPipeline):
             clusters: one id per seed, or one for all; None samples without guidance.
             seeds: one per image.
             output_type: "pil", or "np" for (B, S, S, 3) uint8.
-            options: steps, scale (w of Eq. 4), sampler, eta, guidance_interval; the run's own by default.
+            options: of `OPTIONS` (scale is w of Eq. 4); the run's own by default.
         Returns:
             Its `images`.
         Raises:
             ValueError: for an unknown option, or clusters that are not the run's.
         """
         settings = self.config.settings
-        unknown = sorted(options.keys() - settings["sample"].keys())
+        unknown = sorted(options.keys() - set(OPTIONS))
         if unknown:
-            raise ValueError(f"got option {unknown[0]!r}, expected one of {', '.join(settings['sample'])}")
+            raise ValueError(f"got option {unknown[0]!r}, expected one of {', '.join(OPTIONS)}")
         drawn = [seeds] if isinstance(seeds, int) else list(seeds)
         asked = [clusters] * len(drawn) if isinstance(clusters, int) else clusters
         if asked is not None and len(asked) != len(drawn):
