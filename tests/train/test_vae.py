@@ -147,7 +147,7 @@ def test_losses_are_those_of_latent_diffusion(whole: Path, tmp_path: Path) -> No
         posterior = networks.autoencoder.encode(x).latent_dist
         rebuilt = networks.autoencoder.decode(posterior.mean + posterior.std * noise).sample
     summed = (rebuilt - x).abs().sum() / 2 + 1e-6 * posterior.kl().sum() / 2  # as latent diffusion writes it
-    assert float(values["loss"]) * x[0].numel() == pytest.approx(float(summed), rel=1e-5)
+    assert float(values["loss"].detach()) * x[0].numel() == pytest.approx(float(summed), rel=1e-5)
     assert values.keys() == {"loss", "l1", "kl"}
 
 
