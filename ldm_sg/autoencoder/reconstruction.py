@@ -67,7 +67,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     window = torch.outer(row, row).to(x.dtype)[None, None]
 
     def mean(image: Tensor) -> Tensor:
-        return F.conv2d(image.flatten(0, 1)[:, None], window).unflatten(0, image.shape[:2])
+        return F.conv2d(image.flatten(0, 1)[:, None], window)[:, 0].unflatten(0, image.shape[:2])  # (B, 3, h, w)
 
     a, b = mean(x), mean(y)
     var_a, var_b, cov = mean(x * x) - a * a, mean(y * y) - b * b, mean(x * y) - a * b
