@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -32,6 +33,8 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
 def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
     """Call a tool's main function; exit with 2 and one line on what a user can mend, 130 on Ctrl-C.
 
+    Where the reader of the output stops reading (`| head -1`), exit with 141 and without words, as Unix tools do.
+
     Args:
         main: does the work.
         arguments: parsed.
@@ -39,7 +42,11 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
-        return main(arguments)
+        main(arguments)
+        return sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
+        sys.exit(141)
     except (ValueError, OSError) as error:
         if arguments.debug:
             raise

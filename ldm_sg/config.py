@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -32,6 +32,10 @@ RANGES = {  # both ends included; None is let pass
     "annotate.limit": (1, 2**63 - 1),
     "annotate.max_bad": (0, 1),
     "annotate.seed": (0, MAX_SEED),
+    "vae.kl_weight": (0, 1e6),
+    "vae.perceptual_weight": (0, 1e6),
+    "vae.adversarial_weight": (0, 1e6),
+    "vae.adversarial_from": (0, 2**63 - 1),
     "diffusion.beta_end": (0, 0.999),
     "diffusion.min_snr_gamma": (1e-6, 1e6),
     "train.steps": (0, 2**63 - 1),
@@ -63,13 +67,27 @@ class AnnotateConfig:
 
 
 @dataclass
+class VAEConfig:
+    """Images to a KL autoencoder of one's own (tools/train_vae.py)."""
+
+    widths: list[int] = field(default_factory=lambda: [128, 256, 512, 512])  # levels; all but the first halve the map
+    num_blocks: int = 2  # residual blocks per level
+    latent_channels: int = 4
+    kl_weight: float = 1e-6  # of the divergence in nats per image against the summed reconstruction loss
+    perceptual_weight: float = 1.0  # of LPIPS; 0 for none
+    adversarial_weight: float = 0.5  # of the discriminator; 0 for none
+    adversarial_from: int = 50_000  # steps before the discriminator begins
+    held_out: int = 256  # images that are measured and not trained on; at most a tenth of all
+
+
+@dataclass
 class ModelConfig:
     """The UNet (ldm_sg.model.UNet explains each field)."""
 
     guided: bool = True  # false builds the unguided network of the paper's baseline
     base: int = 128
     multipliers: list[int] = field(default_factory=lambda: [1, 2, 2, 3, 4])
-    attention: list[int] | None = field(default_factory=lambda: [8, 4])  # downsampling factors; null for none
+    attention: list[int] | None = field(default_factory=lambda: [8, 4])  # downsampling factors; none for none at all
     num_blocks: int = 2
     heads: int = 8
     tokens: bool = False  # guidance tokens in the attention
@@ -146,6 +164,7 @@ class Config:
     """One run, from images to numbers."""
 
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -176,6 +195,9 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> Config
         if path is not None:
             layers.append(OmegaConf.load(path))
         layers.append(OmegaConf.from_dotlist(overrides or []))
+        for layer in layers[1:]:
+            if isinstance(layer, DictConfig) and OmegaConf.select(layer, "model.attention") == "none":
+                OmegaConf.update(layer, "model.attention", None)
         merged: Any = OmegaConf.to_object(OmegaConf.merge(*layers))
     except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:  # the last two: no mapping
         where = getattr(error, "full_key", None) or path or "key=value"
@@ -215,6 +237,9 @@ def check(config: Config) -> None:
         "model.num_blocks",
         "model.heads",
         "model.norm_groups",
+        "vae.num_blocks",
+        "vae.latent_channels",
+        "vae.held_out",
         "annotate.size_px",
         "annotate.shard_rows",
         "annotate.batch_size",
@@ -264,6 +289,8 @@ def check_together(config: Config) -> None:
         raise ValueError(f"diffusion.sigma_min and sigma_max: got {got}, expected 0 < sigma_min < sigma_max")
     if not config.model.multipliers or min(config.model.multipliers) < 1:
         raise ValueError(f"model.multipliers: got {config.model.multipliers}, expected at least 1 each")
+    if not config.vae.widths or min(config.vae.widths) < 1 or any(width % 32 for width in config.vae.widths):
+        raise ValueError(f"vae.widths: got {config.vae.widths}, expected multiples of 32")
     if not config.annotate.clusters or min(config.annotate.clusters) < 1:
         raise ValueError(f"annotate.clusters: got {config.annotate.clusters}, expected at least 1 each")
 

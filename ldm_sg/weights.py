@@ -23,6 +23,7 @@ from torch import Tensor
 PLACE = Path("weights")
 HUB = "https://huggingface.co"
 REACH_S = 3  # seconds that the hub has to answer before it counts as out of reach
+WHOLE = "expected a whole file of safetensors or torch.save: fetch or copy it again"
 WAY_ON = "or go on without: --autoencoder patch-pca --features patch-quantiles"
 
 
@@ -132,16 +133,17 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:
             warnings.simplefilter("ignore", UserWarning)  # on pickles of another protocol: refused just below
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error):
-            raise ValueError(f"{path} is no whole checkpoint: expected safetensors or a file of torch.save") from error
         found = re.search(r"GLOBAL (\S+)", str(error))
-        named = found[1] if found else "a pickle that torch.save did not write"
+        if not found and "Unsupported" not in str(error):
+            raise ValueError(f"{path} is no checkpoint, or a part of one: {WHOLE}") from error
+        named = f"it calls {found[1]}" if found else "torch.save did not write it"
         raise ValueError(
-            f"{path} needs code to be read ({named}), which is refused: save its state_dict alone and use that file"
+            f"{path} is a pickle that runs code when it is read ({named}): nothing of it was run; expected tensors by "
+            f"name alone: save its state_dict where you trust the file, and give that"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path} is damaged ({reason}): fetch it again") from error
+        raise ValueError(f"{path} is damaged or cut short ({reason}): {WHOLE}") from error
     steps = held.get("global_step", 0) if isinstance(held, dict) else 0
     tensors = held.get("state_dict", held) if isinstance(held, dict) else None
     if not isinstance(tensors, dict) or not any(isinstance(t, Tensor) for t in tensors.values()):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,16 @@ def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="130"):
         run(KeyboardInterrupt())
     assert "the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_reader_that_stops_early(lines: int) -> None:
+    code = "from ldm_sg import cli; import argparse\n"
+    code += f"cli.run(lambda _: print('x\\n' * {lines}), argparse.Namespace(debug=False))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
 
 
 def test_bar_of_what_failed_ends_before_the_error(capsys: pytest.CaptureFixture[str]) -> None:

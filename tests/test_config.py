@@ -38,9 +38,10 @@ def test_plain_dataclasses_come_out(tmp_path: Path) -> None:
     assert all(dataclasses.is_dataclass(getattr(config, f.name)) for f in dataclasses.fields(config))
 
 
-@pytest.mark.parametrize(("text", "value"), [("null", None), ("[]", []), ("[8,4]", [8, 4])])
-def test_attention_may_be_null(text: str, value: list[int] | None) -> None:
+@pytest.mark.parametrize(("text", "value"), [("none", None), ("null", None), ("[]", []), ("[8,4]", [8, 4])])
+def test_attention_may_be_none(text: str, value: list[int] | None, tmp_path: Path) -> None:
     assert load_config(None, [f"model.attention={text}"]).model.attention == value
+    assert load_config(written(tmp_path, f"model: {{attention: {text}}}\n")).model.attention == value
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
@@ -77,6 +78,12 @@ def test_the_default_configurations_exist() -> None:
         ("train.log_every=0", ["train.log_every", "more than 0"]),
         ("train.checkpoint_every=0", ["train.checkpoint_every", "more than 0"]),
         ("annotate.batch_size=0", ["annotate.batch_size", "more than 0"]),
+        ("sample.steps=0", ["sample.steps", "0", "more than 0"]),
+        ("sample.steps=1001", ["sample.steps", "1001", "at most 1000"]),
+        ("sample.scale=nan", ["sample.scale", "nan", "finite"]),
+        ("vae.widths=[32,40]", ["vae.widths", "[32, 40]", "multiples of 32"]),
+        ("vae.widths=[]", ["vae.widths", "multiples of 32"]),
+        ("vae.kl_weight=-1", ["vae.kl_weight", "-1", "0 to"]),
     ],
 )
 def test_bad_overrides_are_one_line_that_names_them(override: str, words: list[str]) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_sg.autoencoder import Autoencoder
+from ldm_sg.autoencoder.reconstruction import reconstruct
 
 CROP_SHARE = (0.90, 0.97)  # of the side
 LATENT_NOISE = (0.0, 0.3, 0.6)  # a decoded view each, in units of the latent channels' deviations
@@ -47,5 +48,4 @@ def decoded_views(x: Tensor, autoencoder: Autoencoder, noise: Tensor | None = No
     Returns:
         (B, 3, S, S) in [-1, 1].
     """
-    z = autoencoder.sample(autoencoder.encode(x))
-    return autoencoder.decode(z if noise is None else z + noise).clamp(-1, 1)
+    return reconstruct(autoencoder, x, noise).clamp(-1, 1)

@@ -58,6 +58,28 @@ def to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def kl_settings(widths: list[int], num_blocks: int, latent_channels: int) -> dict[str, Any]:
+    """Write the settings of diffusers' AutoencoderKL for RGB images.
+
+    Args:
+        widths: of the levels, from the pixels on; all but the first halve the map.
+        num_blocks: residual blocks per level.
+        latent_channels: C.
+    Returns:
+        What `KLF8.build` takes.
+    """
+    return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": latent_channels,
+        "block_out_channels": widths,
+        "layers_per_block": num_blocks,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "norm_num_groups": 32,
+    }
+
+
 class KLF8(Pretrained):
     """diffusers' AutoencoderKL: moments are mean and log variance.
 
@@ -85,16 +107,9 @@ class KLF8(Pretrained):
         blocks = {int(m[1]) for n in tensors if (m := re.match(r"encoder\.down_blocks\.(\d+)\.", n))}
         widths = [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in sorted(blocks)]
         layers = {m[1] for n in tensors if (m := re.match(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", n))}
-        return {
-            "in_channels": tensors["encoder.conv_in.weight"].shape[1],
-            "out_channels": tensors["decoder.conv_out.weight"].shape[0],
-            "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
-            "block_out_channels": widths,
-            "layers_per_block": len(layers),
-            "down_block_types": ["DownEncoderBlock2D"] * len(widths),
-            "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-            "norm_num_groups": 32,
-        }
+        settings = kl_settings(widths, len(layers), tensors["decoder.conv_in.weight"].shape[1])
+        channels = {"in_channels": tensors["encoder.conv_in.weight"].shape[1]}
+        return settings | channels | {"out_channels": tensors["decoder.conv_out.weight"].shape[0]}
 
     @staticmethod
     def build(settings: dict[str, Any]) -> nn.Module:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ldm_sg.annotate.annotator import Annotator
+from ldm_sg.autoencoder.reconstruction import reconstruct
 from ldm_sg.config import SampleConfig
 from ldm_sg.data import to_model_range, to_uint8
 from ldm_sg.sample import Sampler, cluster_requests, histogram_requests
@@ -65,11 +66,8 @@ def reconstruction_ceiling(sampler: Sampler, annotator: Annotator, images: np.nd
         The share that keeps its cluster when encoded and decoded.
     """
     with torch.inference_mode():
-        coded = [
-            to_uint8(sampler.autoencoder.decode(sampler.autoencoder.encode(to_model_range(images[i : i + 32]))[:, :c]))
-            for c in [sampler.autoencoder.channels]
-            for i in range(0, len(images), 32)
-        ]
+        parts = [to_model_range(images[i : i + 32]) for i in range(0, len(images), 32)]
+        coded = [to_uint8(reconstruct(sampler.autoencoder, x)) for x in parts]
     return float((annotator.clusters(np.concatenate(coded)) == clusters).mean())
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ldm_sg.annotate.annotator import Annotator
 from ldm_sg.autoencoder import Autoencoder
+from ldm_sg.autoencoder.reconstruction import psnr_db, reconstruct
 from ldm_sg.config import SampleConfig
 from ldm_sg.data import to_model_range
 from ldm_sg.evaluate.agreement import guidance_agreement, reconstruction_ceiling, unguided_variation
@@ -21,7 +22,6 @@ from ldm_sg.sample.grid import RealImages
 from ldm_sg.train.run import Run
 
 CEILING_IMAGES = 512  # real images for the reconstruction numbers
-FLOOR = 1e-10  # squared error that counts as none; keeps `identity` at 106 dB
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,8 @@ def psnr(autoencoder: Autoencoder, images: np.ndarray) -> float:
     total = 0.0
     for start in range(0, len(images), 32):
         x = to_model_range(images[start : start + 32])
-        z = autoencoder.sample(autoencoder.encode(x))
-        total += float(((autoencoder.decode(z) - x) ** 2).mean((1, 2, 3)).sum())
-    return 10 * float(np.log10(4 / max(total / len(images), FLOOR)))
+        total += float(((reconstruct(autoencoder, x) - x) ** 2).mean((1, 2, 3)).sum())
+    return psnr_db(total / len(images))
 
 
 def evaluate(run: Run, options: SampleConfig, progress: Callable[[str, int], Callable[[int], None]]) -> Evaluation:

@@ -1,4 +1,4 @@
-"""A run as a folder for others: safetensors, JSON, the autoencoder as diffusers saves it, a card and a loader."""
+"""A run as a folder for others: as diffusers saves a pipeline, with a card and a loader of its own."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 
-from ldm_sg.autoencoder import KLF8, TAESD
+from ldm_sg.autoencoder import KLF8, TAESD, PatchPCA
 from ldm_sg.evaluate import loader
 from ldm_sg.evaluate.report import number_rows
 from ldm_sg.sample import Sampler
 from ldm_sg.store import Store
-from ldm_sg.store.format import write_tensors
 from ldm_sg.train.run import Run, complete_folder
 
+PIPELINE = """\"\"\"The pipeline of this folder, for diffusers.\"\"\"
+
+from ldm_sg.evaluate.pipeline import SelfGuidedPipeline  # noqa: F401
+"""
 UNKNOWN_TERMS = "not recorded: whoever publishes these weights must name the terms of the images they were trained on"
 
 
@@ -31,35 +34,58 @@ def export(run: Run, folder: Path) -> Path:
         `folder`.
     Raises:
         FileNotFoundError: if the run has no checkpoint.
-        ValueError: if `folder` exists.
+        ValueError: if `folder` exists, or diffusers is missing.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists: give another --out")
-    sampler = Sampler(run)
-    autoencoder: Any = sampler.autoencoder
+    try:
+        from ldm_sg.evaluate.pipeline import SelfGuidedPipeline, SelfGuidedUNet
+    except ImportError as error:
+        raise ValueError(f"exporting to diffusers needs {error.name}: pip install 'ldm_sg[vae]'") from error
+    sampler = Sampler(run, device=torch.device("cpu"))
+    unet = SelfGuidedUNet(settings=network_settings(run))
+    unet.network.load_state_dict(sampler.network.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with complete_folder(folder) as partial:
-        weights = {name: t.detach().cpu().contiguous() for name, t in sampler.network.state_dict().items()}
-        save_file(weights, partial / "network.safetensors", {"format": "pt", "step": str(run.steps_done())})
-        (partial / "config.json").write_text(json.dumps(settings(run), indent=1))
-        if isinstance(autoencoder, KLF8 | TAESD):
-            autoencoder.network.save_pretrained(partial / "vae")
-        else:
-            write_tensors(partial / "autoencoder.safetensors", autoencoder.tensors(), {})
+        SelfGuidedPipeline(unet, _model_of(sampler.autoencoder), settings(run)).save_pretrained(partial)
+        (partial / "pipeline.py").write_text(PIPELINE)
         shutil.copy(loader.__file__, partial / "loader.py")
         (partial / "README.md").write_text(card(run))
     return folder
 
 
+def _model_of(autoencoder: Any) -> Any:
+    """Give an autoencoder as diffusers has it; None for pixel space."""
+    from ldm_sg.evaluate.pipeline import PatchPCAModel
+
+    if isinstance(autoencoder, KLF8 | TAESD):
+        return autoencoder.network.cpu()
+    if isinstance(autoencoder, PatchPCA):
+        made = PatchPCAModel(patch_px=autoencoder.downsample, channels=autoencoder.channels)
+        made.load_state_dict({name: torch.from_numpy(t) for name, t in autoencoder.tensors().items()})
+        return made
+    return None
+
+
+def network_settings(run: Run) -> dict[str, Any]:
+    """Collect the arguments of `UNet`."""
+    model = asdict(run.config.model)
+    channels = {"channels": run.facts.latent_shape[0], "num_clusters": num_labels(run)}
+    return channels | {name: value for name, value in model.items() if name not in ("guided", "checkpointing")}
+
+
+def num_labels(run: Run) -> int:
+    """Give K, 0 for an unguided run."""
+    return run.facts.num_clusters if run.config.model.guided else 0
+
+
 def settings(run: Run) -> dict[str, Any]:
-    """Collect what config.json tells: everything but weights that an image depends on."""
+    """Collect what model_index.json tells: everything but network and weights that an image depends on."""
     facts, config = run.facts, run.config
-    model, diffusion = asdict(config.model), asdict(config.diffusion)
-    is_guided = model.pop("guided")
-    channels = {"channels": facts.latent_shape[0], "num_clusters": facts.num_clusters if is_guided else 0}
+    diffusion = asdict(config.diffusion)
     in_training = ("parameterisation", "loss", "min_snr_gamma")
     return {
-        "unet": channels | {name: value for name, value in model.items() if name != "checkpointing"},
+        "num_clusters": num_labels(run),
         "parameterisation": config.diffusion.parameterisation,
         "schedule": {"name": diffusion.pop("schedule")} | {k: v for k, v in diffusion.items() if k not in in_training},
         "sample": asdict(config.sample),
@@ -103,7 +129,12 @@ def card(run: Run) -> str:
             "The code is Apache-2.0; an autoencoder that was trained elsewhere keeps its own licence.",
             "",
             "## Use",
-            "`loader.py` in this folder is the whole sampler: `python loader.py 17` (needs `pip install ldm_sg`).",
+            "Both ways need `pip install ldm_sg`. `loader.py` is the whole sampler: `python loader.py 17`.",
+            "With diffusers, whose `trust_remote_code` lets the one line of `pipeline.py` run:",
+            "",
+            '    pipe = DiffusionPipeline.from_pretrained(".", custom_pipeline="pipeline", trust_remote_code=True)',
+            "    pipe(clusters=[0, 1], seeds=[0, 0], steps=20, scale=1.5).images[0]",
+            "",
             "Equal seeds give the images that `tools/sample_grid.py` gives, within 1/255.",
             "",
         ]

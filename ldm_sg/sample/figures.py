@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_sg.config import SampleConfig
-from ldm_sg.sample.grid import captioned, paste_row
+from ldm_sg.sample.grid import TILE_PX, captioned, paste_row
 from ldm_sg.sample.requests import Mix, Request, cluster_requests, describe, interpolate
 from ldm_sg.sample.sampler import Sampler
 
@@ -82,3 +82,15 @@ def inversion_figure(
     pictures = [image, *np.concatenate(list(sampler.images(requests, options)))]
     names = ["image", "inverted and back", *(f"as {describe(c)}" for c in clusters)]
     return captioned([(name, [paste_row(picture[None], 1)]) for name, picture in zip(names, pictures, strict=True)])
+
+
+def reconstruction_figure(images: np.ndarray, made: np.ndarray) -> Image.Image:
+    """Draw images, and below each what an autoencoder leaves of it.
+
+    Args:
+        images, made: (n, S, S, 3) uint8.
+    Returns:
+        An RGB image.
+    """
+    rows = (("held-out images", images), ("reconstructions", made))
+    return captioned([(caption, [paste_row(row, len(row), max(TILE_PX, row.shape[1]))]) for caption, row in rows])

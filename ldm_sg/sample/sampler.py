@@ -23,7 +23,7 @@ from ldm_sg.model import BoundUNet
 from ldm_sg.sample.requests import Request, labels
 from ldm_sg.sample.seeds import SeededNoise
 from ldm_sg.train.checkpoint import load_weights
-from ldm_sg.train.run import Run, build_network, build_run_schedule
+from ldm_sg.train.run import Run, build_network, build_run_schedule, network_settings
 
 
 class Sampler:
@@ -52,7 +52,8 @@ class Sampler:
                 f"run {self.run.name} has no checkpoint yet: let torchrun tools/train_ldm.py finish"
             )
         network = build_network(self.run.config.model, self.run.facts)
-        load_weights(network, latest / "ema.safetensors")
+        settings = network_settings(self.run.config.model, self.run.facts)
+        load_weights(network, latest / "ema.safetensors", settings)
         broken = [name for name, t in network.state_dict().items() if not t.isfinite().all()]
         if broken:
             raise ValueError(

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm_sg.train.ema import EMA
 
+Settings = Mapping[str, object]
+"""Field -> value, as JSON has it."""
 FILES = ("network.safetensors", "ema.safetensors", "optimizer.pt")
 
 
 def save_checkpoint(
-    folder: Path, step: int, network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, keep: int
+    folder: Path,
+    step: int,
+    network: nn.Module,
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    settings: Settings | None = None,
 ) -> Path:
     """Write the state after `step` steps, then point `latest` at it and remove the oldest beyond `keep`.
 
@@ -27,6 +38,7 @@ def save_checkpoint(
         step: steps done.
         network, ema, optimizer: the state.
         keep: how many checkpoints stay.
+        settings: what the weights depend on, for `load_weights` to compare; None keeps nothing of it.
     Returns:
         The checkpoint's folder.
     Raises:
@@ -37,8 +49,9 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        save_file(_contiguous(network), partial / FILES[0], {"step": str(step)})
-        save_file(_contiguous(ema.network), partial / FILES[1], {"step": str(step), "updates": str(ema.updates)})
+        about = {"step": str(step)} | ({} if settings is None else {"settings": json.dumps(settings)})
+        save_file(_contiguous(network), partial / FILES[0], about)
+        save_file(_contiguous(ema.network), partial / FILES[1], about | {"updates": str(ema.updates)})
         torch.save({"optimizer": optimizer.state_dict(), "updates": ema.updates, "step": step}, partial / FILES[2])
         for file in partial.iterdir():
             _sync(file)
@@ -56,37 +69,50 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(
+    folder: Path,
+    network: nn.Module,
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings | None = None,
+) -> int:
     """Restore the state that `save_checkpoint` wrote.
 
     Args:
         folder: one checkpoint.
         network, ema, optimizer: filled in place.
+        settings: as for `load_weights`.
     Returns:
         The number of steps done.
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if the checkpoint is damaged or does not fit the network.
     """
-    load_weights(network, folder / FILES[0])
-    load_weights(ema.network, folder / FILES[1])
+    load_weights(network, folder / FILES[0], settings)
+    load_weights(ema.network, folder / FILES[1], settings)
     state = _read(folder / FILES[2], lambda path: torch.load(path, weights_only=True, map_location="cpu"))
     optimizer.load_state_dict(state["optimizer"])
     ema.updates = state["updates"]
     return int(state["step"])
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
+def load_weights(network: nn.Module, path: Path, settings: Settings | None = None) -> None:
     """Load a safetensors file into a network of exactly that shape.
 
     Args:
         network: filled in place.
         path: a file that `save_checkpoint` wrote.
+        settings: what the network was made with; compared with what the file tells of its own, if it does.
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if names or shapes differ, or the file is damaged.
+        ValueError: if settings, names or shapes differ, or the file is damaged.
     """
     weights = _read(path, load_file)
+    with safe_open(path, "pt") as file:
+        kept = json.loads((file.metadata() or {}).get("settings", "{}"))
+    other = [f"{n} {kept[n]} != {v}" for n, v in (settings or {}).items() if n in kept and kept[n] != v]
+    if other:
+        raise ValueError(f"{path} does not fit this network, another run's configuration made it: {'; '.join(other)}")
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -116,6 +142,26 @@ def _read(path: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         return load(path)
     except Exception as error:  # safetensors and torch raise types of their own on a damaged file
         raise ValueError(f"{path} is damaged ({type(error).__name__}): {mend}") from error
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Find the checkpoint that `latest` names.
+
+    Args:
+        run: the folder that has `latest` and `checkpoints/`.
+    Returns:
+        The checkpoint's folder, or None before the first.
+    Raises:
+        FileNotFoundError: if `latest` names none.
+    """
+    link, folder = run / "latest", run / "checkpoints"
+    if not link.is_file():
+        return None
+    name = link.read_text().strip()
+    if not re.fullmatch(r"step-\d+", name) or not (folder / name).is_dir():
+        known = ", ".join(p.name for p in sorted(folder.glob("step-*"))) or "none"
+        raise FileNotFoundError(f"{link} names {name!r}, expected one of the checkpoints there: {known}")
+    return folder / name
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

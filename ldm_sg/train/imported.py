@@ -15,7 +15,16 @@ from ldm_sg.config import Config, ModelConfig
 from ldm_sg.model.compvis import averaged_name, convert, settings_of
 from ldm_sg.train.checkpoint import save_checkpoint
 from ldm_sg.train.ema import EMA
-from ldm_sg.train.run import Run, StoreFacts, build_network, build_run_schedule, complete_folder, open_run, write_run
+from ldm_sg.train.run import (
+    Run,
+    StoreFacts,
+    build_network,
+    build_run_schedule,
+    complete_folder,
+    network_settings,
+    open_run,
+    write_run,
+)
 from ldm_sg.weights import hash_weights, read_checkpoint, refuse_nonfinite
 
 NETWORK, AVERAGE, FIRST_STAGE = "model.diffusion_model.", "model_ema.diffusion_model", "first_stage_model."
@@ -114,7 +123,8 @@ def import_checkpoint(file: Path, config: Config, path: Path) -> Run:
     path.parent.mkdir(parents=True, exist_ok=True)
     with complete_folder(path) as partial:
         write_run(partial, config, facts, autoencoder.tensors(), {})
-        save_checkpoint(partial / "checkpoints", steps, network, ema, optimizer, keep=1)
+        settings = network_settings(config.model, facts)
+        save_checkpoint(partial / "checkpoints", steps, network, ema, optimizer, 1, settings)
     return open_run(path)
 
 

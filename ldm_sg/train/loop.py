@@ -26,7 +26,7 @@ from ldm_sg.train.distributed import Processes
 from ldm_sg.train.ema import EMA
 from ldm_sg.train.order import batch_rows
 from ldm_sg.train.progress import Progress
-from ldm_sg.train.run import Run, build_network, build_run_schedule
+from ldm_sg.train.run import Run, build_network, build_run_schedule, network_settings
 
 SampleGrid = Callable[[Run, nn.Module, int], Path]
 """(run, network with averaged weights, step) -> path of the picture it wrote."""
@@ -116,7 +116,9 @@ class Trainer:
             self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True
         )
         latest = run.latest()
-        self.step_done = load_checkpoint(latest, self.network, self.ema, self.optimizer) if latest else 0
+        self.settings, self.step_done = network_settings(run.config.model, run.facts), 0
+        if latest:
+            self.step_done = load_checkpoint(latest, self.network, self.ema, self.optimizer, self.settings)
         self.parallel: nn.Module = self.network
         if processes.world > 1:
             self.parallel = nn.parallel.DistributedDataParallel(self.network)
@@ -175,6 +177,7 @@ class Trainer:
                 self.ema,
                 self.optimizer,
                 self.config.keep_checkpoints,
+                self.settings,
             )
         self.processes.barrier()
 
@@ -200,7 +203,7 @@ def train(run: Run, store: Store, processes: Processes, sample_grid: SampleGrid 
         ValueError: if the loss stops being finite.
     """
     trainer, config = Trainer(run, store, processes), run.config.train
-    progress = Progress(run, trainer.step_done, quiet=not processes.is_first)
+    progress = Progress(run.path, config, trainer.step_done, quiet=not processes.is_first)
     progress.start(f"{describe(processes.device)}, {str(trainer.dtype).removeprefix('torch.')}", processes.world)
     while trainer.step_done < config.steps:
         values = trainer.step()

@@ -9,7 +9,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from ldm_sg.train.run import Run
+from ldm_sg.config import TrainConfig
 
 LINE_EVERY_S = 20.0  # between progress lines when the output is not a terminal
 RATE_OVER = 10  # records that the rate is averaged over
@@ -19,24 +19,25 @@ class Progress:
     """Reports one training.
 
     Args:
-        run: whose folder receives the metrics.
+        folder: receives metrics.jsonl and the events; its name is the training's.
+        config: says how many steps of how many images.
         step: steps already done; metrics beyond them, left by an interrupted run, are removed.
         quiet: true on every process but the first.
     """
 
-    def __init__(self, run: Run, step: int, quiet: bool):
-        self.run, self.first, self.quiet = run, step, quiet
-        self.total, self.batch = run.config.train.steps, run.config.train.batch_size
+    def __init__(self, folder: Path, config: TrainConfig, step: int, quiet: bool):
+        self.name, self.metrics, self.first, self.quiet = folder.name, folder / "metrics.jsonl", step, quiet
+        self.total, self.batch = config.steps, config.batch_size
         self.began, self.spoke, self.announced = time.perf_counter(), 0.0, False
         self.recent = deque([(step, self.began)], maxlen=RATE_OVER)  # (step, time) of the last lines
-        self.writer = None if quiet else _tensorboard(run.path)
+        self.writer = None if quiet else _tensorboard(folder)
         if not quiet:
-            _truncate(run.metrics, step)
+            _truncate(self.metrics, step)
 
     def start(self, hardware: str, world: int) -> None:
         """Say what begins."""
         where = f"step {self.first} of {self.total}" if self.first else f"{self.total} steps"
-        self._print(f"training {self.run.name}: {where}, batch {self.batch}, {world} process(es), {hardware}")
+        self._print(f"training {self.name}: {where}, batch {self.batch}, {world} process(es), {hardware}")
 
     def log(self, step: int, **values: float) -> None:
         """Record the scalars of a step and show the line."""
@@ -46,19 +47,24 @@ class Progress:
         (step_then, then), (_, now) = self.recent[0], self.recent[-1]
         rate = (step - step_then) * self.batch / (now - then)
         left = (self.total - step) * self.batch / rate
-        with self.run.metrics.open("a") as file:
-            file.write(json.dumps({"step": step, **values, "images_per_s": round(rate, 2)}) + "\n")
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        self._record(step, values, images_per_s=round(rate, 2))
         if not self.announced:
             self._print(f"expected: {duration(now - self.began + left)} for {self.total - self.first} steps")
             self.announced = True
         self._line(f"step {step}/{self.total}  loss {values['loss']:.4f}  {rate:.1f} images/s  {duration(left)} left")
 
-    def picture(self, step: int, path: Path) -> None:
-        """Say where a sample grid was written."""
-        self._print(f"step {step}: samples in {path}")
+    def picture(self, step: int, path: Path, **values: float) -> None:
+        """Say where a picture was written, and record what was measured for it."""
+        if values and not self.quiet:
+            self._record(step, values)
+        self._print(f"step {step}: " + "".join(f"{name} {value:.4g}, " for name, value in values.items()) + str(path))
+
+    def _record(self, step: int, values: dict[str, float], **more: float) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps({"step": step, **values, **more}) + "\n")
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush the events."""

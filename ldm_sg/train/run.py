@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from ldm_sg.diffusion import Schedule, build_schedule
 from ldm_sg.model import UNet
 from ldm_sg.store import Store
 from ldm_sg.store.format import Tensors, map_tensors, write_tensors
+from ldm_sg.train.checkpoint import newest_checkpoint
 
 RUNS_ROOT = Path("runs")
 
@@ -98,15 +98,7 @@ class Run:
 
     def latest(self) -> Path | None:
         """Give the newest complete checkpoint, or None before the first."""
-        link = self.path / "latest"
-        if not link.is_file():
-            return None
-        name = link.read_text().strip()
-        folder = self.checkpoints / name
-        if not re.fullmatch(r"step-\d+", name) or not folder.is_dir():
-            known = ", ".join(p.name for p in sorted(self.checkpoints.glob("step-*"))) or "none"
-            raise FileNotFoundError(f"{link} names {name!r}, expected one of the checkpoints there: {known}")
-        return folder
+        return newest_checkpoint(self.path)
 
     def steps_done(self) -> int:
         """Give the step of the newest checkpoint, 0 before the first."""
@@ -165,6 +157,20 @@ def build_network(config: ModelConfig, facts: StoreFacts | Space) -> UNet:
             f"which does not divide {sides[0]}x{sides[1]}: use fewer levels"
         )
     return network
+
+
+def network_settings(config: ModelConfig, facts: StoreFacts | Space) -> dict[str, object]:
+    """Collect what a network's weights are worth nothing without, for checkpoints to keep.
+
+    Args:
+        config: the `model` section.
+        facts: gives C and K.
+    Returns:
+        Field -> value.
+    """
+    free = ("dropout", "checkpointing")  # training may change them
+    model = {f"model.{name}": value for name, value in asdict(config).items() if name not in free}
+    return {**model, "latent channels": facts.latent_shape[0], "clusters": facts.num_clusters if config.guided else 0}
 
 
 def build_run_schedule(d: DiffusionConfig) -> Schedule:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
+import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 from ldm_sg.config import CONFIG_ROOT, load_config
 from ldm_sg.evaluate.export import UNKNOWN_TERMS, card, export
 from ldm_sg.sample import Request, Sampler
 from ldm_sg.train import Run, open_run
 from ldm_sg.train.imported import import_checkpoint
+
+diffusers = pytest.importorskip("diffusers")
 
 
 def made_by(run: Run, requests: list[Request], scale: float) -> np.ndarray:
@@ -31,22 +34,75 @@ def test_same_images(tiny_run: Run, tmp_path: Path) -> None:
     folder = export(tiny_run, tmp_path / "a" / "out")
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md",
-        "autoencoder.safetensors",
-        "config.json",
         "loader.py",
-        "network.safetensors",
+        "model_index.json",
+        "pipeline.py",
+        "unet",
+        "vae",
     ]
     got = runpy.run_path(str(folder / "loader.py"))["sample"](folder, [0, 2, 1], [0, 1, 2])
     assert got.shape == (3, 64, 64, 3) and expected.std() > 1
     assert np.abs(got.astype(int) - expected).max() <= 1
-    with safe_open(folder / "network.safetensors", "np") as held:
-        assert held.metadata()["step"] == "6"
+    assert json.loads((folder / "model_index.json").read_text())["settings"]["steps_trained"] == 6
     with pytest.raises(ValueError, match="out exists: give another --out"):
         export(tiny_run, folder)
 
 
-def test_with_the_autoencoder_of_diffusers(compvis: SimpleNamespace, tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
+def opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Open an exported folder as its card says."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import dynamic_modules_utils, logging
+
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(folder.parent / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    logging.disable_progress_bar()
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("no network is needed"))
+    pipe = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline="pipeline", trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_diffusers_makes_the_same_images(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [Request(s, k) for s, k in enumerate([0, 2, 1])]
+    expected = made_by(open_run(tiny_run.path), requests, 2.0)
+    pipe = opened(export(tiny_run, tmp_path / "out"), monkeypatch)
+    assert sorted(pipe.components) == ["unet", "vae"]
+    got = pipe(clusters=[0, 2, 1], seeds=[0, 1, 2], output_type="np").images
+    assert np.abs(got.astype(int) - expected).max() <= 1
+    run = open_run(tiny_run.path)
+    run.config.sample.guidance_interval, run.config.sample.steps = [0.1, 2.0], 5
+    changed = pipe(clusters=[0, 2, 1], seeds=[0, 1, 2], steps=5, guidance_interval=[0.1, 2.0])
+    pixels = np.stack([np.asarray(image) for image in changed.images]).astype(int)
+    assert np.abs(pixels - made_by(run, requests, 2.0)).max() <= 1 and (pixels != got).any()
+    free = pipe(seeds=7, output_type="np").images
+    assert np.abs(free.astype(int) - made_by(open_run(tiny_run.path), [Request(7, None)], 0.0)).max() <= 1
+    again = opened_again(pipe, tmp_path / "again", monkeypatch)
+    np.testing.assert_array_equal(again(clusters=1, seeds=[3, 4], output_type="np").images.shape, (2, 64, 64, 3))
+    for bad, words in (
+        ({"clusters": 9}, "got cluster 9, expected 0 to 2"),
+        ({"clusters": [0, 1]}, "2 clusters for 1 seeds"),
+        ({"cfg": 3}, "got option 'cfg', expected one of sampler"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pipe(**bad)
+
+
+def opened_again(pipe: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Save with diffusers and open that."""
+    pipe.save_pretrained(folder)
+    shutil.copy(Path(pipe.config._name_or_path) / "pipeline.py", folder)
+    return opened(folder, monkeypatch)
+
+
+def test_without_diffusers_the_extra_is_named(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ldm_sg.evaluate.pipeline", None)
+    with pytest.raises(ValueError, match=r"exporting to diffusers needs .*: pip install 'ldm_sg\[vae\]'"):
+        export(tiny_run, tmp_path / "out")
+
+
+def test_with_the_autoencoder_of_diffusers(
+    compvis: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = ["model.base=32", "model.multipliers=[1,2]", "model.attention=[2]", "model.num_blocks=1", "sample.steps=2"]
     config = load_config(CONFIG_ROOT / "lsun_church_ldm.yaml", [*small, "annotate.size_px=16"])
     run = import_checkpoint(compvis.save(tmp_path / "m.ckpt", compvis.tensors()), config, tmp_path / "runs" / "m")
@@ -56,6 +112,8 @@ def test_with_the_autoencoder_of_diffusers(compvis: SimpleNamespace, tmp_path: P
     got = runpy.run_path(str(folder / "loader.py"))["sample"](folder, None, [5, 6])
     assert np.abs(got.astype(int) - expected).max() <= 1
     assert diffusers.AutoencoderKL.from_pretrained(folder / "vae").config.latent_channels == 4
+    piped = opened(folder, monkeypatch)(seeds=[5, 6], output_type="np").images
+    assert np.abs(piped.astype(int) - expected).max() <= 1
     assert "guided by nothing" in (folder / "README.md").read_text()
 
 

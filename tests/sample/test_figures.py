@@ -7,7 +7,13 @@ import pytest
 
 from ldm_sg.config import SampleConfig
 from ldm_sg.sample import Sampler
-from ldm_sg.sample.figures import MOMENTS, denoising_figure, interpolation_figure, inversion_figure
+from ldm_sg.sample.figures import (
+    MOMENTS,
+    denoising_figure,
+    interpolation_figure,
+    inversion_figure,
+    reconstruction_figure,
+)
 from ldm_sg.sample.grid import CAPTION_PX, GAP_PX, TILE_PX
 from ldm_sg.train import Run
 
@@ -42,3 +48,11 @@ def test_inversion(sampler: Sampler) -> None:
     assert picture.size[1] == GAP_PX + 4 * ROW_PX
     with pytest.raises(ValueError, match="got cluster 7, expected 0 to 2"):
         inversion_figure(sampler, image, [7], OPTIONS)
+
+
+def test_reconstructions_lie_below_their_images() -> None:
+    images, made = (np.full((3, 160, 160, 3), value, np.uint8) for value in (60, 200))
+    picture = np.asarray(reconstruction_figure(images, made))
+    column = picture[:, picture.shape[1] // 2, 0]
+    above, below = np.flatnonzero(column == 60), np.flatnonzero(column == 200)
+    assert len(above) == len(below) == 160 and above.max() < below.min()

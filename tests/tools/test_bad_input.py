@@ -246,6 +246,13 @@ def test_damaged_checkpoint_is_not_trained_on(refused: Any, place: Path, tiny_ya
     assert "step-00000004/optimizer.pt is damaged" in line
 
 
+def test_checkpoint_of_another_run(refused: Any, place: Path) -> None:
+    config = place / "runs" / "tiny" / "config.yaml"
+    config.write_text(config.read_text().replace("heads: 2", "heads: 1"))  # weights of the same shapes
+    line = refused("sample_grid.py", "--run", "tiny", cwd=place)
+    assert "another run's configuration made it: model.heads 2 != 1" in line
+
+
 def test_newer_run(refused: Any, place: Path) -> None:
     facts = json.loads((place / "runs" / "tiny" / "store.json").read_text())
     (place / "runs" / "tiny" / "store.json").write_text(json.dumps(facts | {"from_the_future": 1}))

@@ -124,3 +124,13 @@ def test_fields_that_differ_are_named(other: dict[str, Any], words: str, tmp_pat
     with pytest.raises(ValueError, match="another run's configuration") as raised:
         load_weights(UNet(**settings, heads=2), tmp_path / "other.safetensors")
     assert words in str(raised.value)
+
+
+def test_settings_that_no_shape_tells_are_compared(tmp_path: Path) -> None:
+    kept = {"model.heads": 8, "model.attention": [8, 4], "from_the_future": 1}
+    folder = save_checkpoint(tmp_path / "checkpoints", 2, *state(0), keep=1, settings=kept)
+    same = {"model.heads": 8, "model.attention": [8, 4], "model.new": 3}
+    assert load_checkpoint(folder, *state(1), settings=same) == 2
+    other = same | {"model.heads": 4, "model.attention": None}
+    with pytest.raises(ValueError, match=r"made it: model.heads 8 != 4; model.attention \[8, 4\] != None$"):
+        load_checkpoint(folder, *state(1), settings=other)

@@ -28,7 +28,7 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 def test_line_and_records(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(run, 0, quiet=False)
+    progress = Progress(run.path, run.config.train, 0, quiet=False)
     progress.start("2 threads", world=1)
     for step in (1, 2):
         progress.log(step, loss=1 / step, lr=0.1)
@@ -46,7 +46,7 @@ def test_line_and_records(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
 def test_records_beyond_the_checkpoint_are_removed(run: Run) -> None:
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 6)]
     run.metrics.write_text("\n".join(lines) + '\n{"step": 6, "lo')
-    progress = Progress(run, 3, quiet=False)
+    progress = Progress(run.path, run.config.train, 3, quiet=False)
     progress.log(4, loss=2.0)
     progress.close()
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
@@ -54,7 +54,7 @@ def test_records_beyond_the_checkpoint_are_removed(run: Run) -> None:
 
 
 def test_other_processes_are_quiet(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(run, 0, quiet=True)
+    progress = Progress(run.path, run.config.train, 0, quiet=True)
     actions: list[Callable[[], None]] = [
         lambda: progress.start("2 threads", world=2),
         lambda: progress.log(1, loss=1.0),
