@@ -26,7 +26,7 @@ STORES = Path("stores")
 
 def arguments() -> argparse.Namespace:
     made = cli.parser(__doc__.splitlines()[0], "python tools/annotate.py --dataset my_photos/ --clusters 16")
-    layouts = "a folder of images or tar shards, an LMDB folder, a URL"
+    layouts = "a folder of images or tar shards, an LMDB folder, a Hugging Face data set, a URL"
     made.add_argument("--dataset", default="elpv", help=f"one of {', '.join(DATASETS)}; {layouts}; default elpv")
     made.add_argument("--out", type=Path, help="the store's folder; default stores/<dataset>")
     made.add_argument(

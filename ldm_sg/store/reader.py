@@ -19,7 +19,7 @@ from ldm_sg.store.files import Files, LocalFiles, Record
 from ldm_sg.store.format import DTYPES, Place, Tensors, hash_shards, map_file, unpack_keys
 from ldm_sg.store.manifest import Manifest, file_records, latest_generation, read_manifest
 from ldm_sg.store.remote import RemoteFiles, is_url
-from ldm_sg.store.shards import SHARDS, Access, Shard, choose_access, max_open_shards
+from ldm_sg.store.shards import SHARDS, Access, Buffers, Shard, choose_access, find_runs, max_open_shards
 from ldm_sg.store.verify import verify
 
 
@@ -36,6 +36,7 @@ class Store:
         self._starts = self._ends - rows
         self._max_open = _max_open(files, manifest)
         self._opened: dict[int, Shard] = {}  # the one used last is last
+        self._buffers = Buffers()
         self._columns: Tensors = {}
         self._keys: list[str] | None = None
 
@@ -186,7 +187,7 @@ class Store:
         """Read rows of tensors, in parts that need no more shards than may be open."""
         shards = np.searchsorted(self._ends, indices, side="right")
         rows = indices - self._starts[shards]
-        distinct = sorted(set(shards.tolist()))
+        distinct = np.unique(shards)
         if len(distinct) <= self._max_open:
             return self._gather(names, shards, rows)
         out = {name: np.empty((len(indices), *self._shape(name)), self._dtype(name)) for name in names}
@@ -197,12 +198,11 @@ class Store:
         return out
 
     def _gather(self, names: list[str], shards: np.ndarray, rows: np.ndarray) -> Tensors:
-        numbers = shards.tolist()
-        opened = self._open_shards(sorted(set(numbers)))
-        picks = [(opened[number], row) for number, row in zip(numbers, rows.tolist())]
+        opened = self._open_shards(np.unique(shards).tolist())
         widths = {name: self._dtype(name).itemsize * math.prod(self._shape(name)) for name in names}
-        data = SHARDS[self.access].gather(picks, widths)  # type: ignore[arg-type]
-        return {name: np.frombuffer(data[name], self._dtype(name)).reshape(-1, *self._shape(name)) for name in names}
+        out = {name: self._buffers.take(len(rows) * width) for name, width in widths.items()}
+        SHARDS[self.access].gather(opened, find_runs(shards, rows), widths, out)  # type: ignore[arg-type]
+        return {name: np.frombuffer(out[name], self._dtype(name)).reshape(-1, *self._shape(name)) for name in names}
 
     def _open_shards(self, numbers: list[int]) -> dict[int, Shard]:
         """Return open shards, and close those that were used longest ago."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -170,6 +171,8 @@ class StoreWriter:
         missing = [index for index in range(num_shards) if not self.finished(index)]
         if missing:
             raise ValueError(f"shards {missing} of {num_shards} are not in {self.folder}: run the same command again")
+        for index in range(num_shards):
+            os.utime(self._path(index))  # of a job that stood still for long: gc is not to take them for leftovers now
         shards = [self._records.get(index) or self._record(index) for index in range(num_shards)]
         schemas, quarantine = [], []
         for index in range(num_shards):

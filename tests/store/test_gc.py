@@ -56,6 +56,14 @@ def test_old_generations_and_what_only_they_name(folder: Path) -> None:
     assert names(folder, keep=1) == [f"manifest-00000{g}.json" for g in (1, 2, 3)] + ["columns/b-00000"]
 
 
+def test_old_shards_that_are_about_to_be_committed_stay(tmp_path: Path) -> None:
+    folder, writer = tmp_path / "store", StoreWriter(tmp_path / "store", "ab" * 32)
+    writer.write_shard(0, ["a"], {"latent": LATENT[:1]})
+    age(folder)
+    StoreWriter(folder, "ab" * 32).commit(1, {})
+    assert time.time() - (folder / "shards/abababab-00000.safetensors").stat().st_mtime < 3600
+
+
 def test_leftovers_of_dead_writers(folder: Path) -> None:
     (folder / "work").mkdir()
     dead = [
