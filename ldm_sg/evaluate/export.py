@@ -31,8 +31,12 @@ def export(run: Run, folder: Path) -> Path:
         `folder`.
     Raises:
         FileNotFoundError: if the run has no checkpoint.
-        ValueError: if `folder` exists.
+        ValueError: if `folder` exists, or the run samples with guidance of training images.
     """
+    if run.keeps_guidance:
+        raise ValueError(
+            f"run {run.name} samples with masks or labels of training images, which cannot be exported yet"
+        )
     if folder.exists():
         raise ValueError(f"{folder} exists: give another --out")
     sampler = Sampler(run)

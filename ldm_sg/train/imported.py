@@ -113,7 +113,7 @@ def import_checkpoint(file: Path, config: Config, path: Path) -> Run:
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.train.lr)
     path.parent.mkdir(parents=True, exist_ok=True)
     with complete_folder(path) as partial:
-        write_run(partial, config, facts, autoencoder.tensors(), {})
+        write_run(partial, config, facts, autoencoder=autoencoder.tensors(), features={})
         save_checkpoint(partial / "checkpoints", steps, network, ema, optimizer, keep=1)
     return open_run(path)
 
