@@ -21,6 +21,7 @@ from ldm_sg.annotate.job import WORKERS, Job, one_thread
 from ldm_sg.annotate.masks import MaskAnnotator, StegoOptions, fit_masks
 from ldm_sg.data import BadImage, batches, decode_rgb, to_model_range
 from ldm_sg.data.masks import VOID
+from ldm_sg.hardware import choose_device
 from ldm_sg.store import Store
 
 LONGEST_PX = 512  # larger images are shrunk for LOST, which compares all patches with all
@@ -127,19 +128,19 @@ def find_masks(
         subtracted from the features first.
     Source: paper appendix B.4; STEGO (annotate/masks.py).
     """
-    extractor = dense_extractor(job, store)
+    extractor, device = dense_extractor(job, store), choose_device()
     with tempfile.TemporaryFile(dir=job.work) as file:  # goes when the process does
         maps = keep_maps(job, store, extractor, file)
         centre = np.zeros(maps.shape[-1], np.float32) if extractor.centred else mean_of(maps)
 
         def dense(rows: np.ndarray) -> Tensor:
-            return torch.from_numpy(maps[rows].astype(np.float32) - centre)
+            return torch.from_numpy(maps[rows].astype(np.float32) - centre).to(device)
 
         with job.bar("train masks", options.steps, "steps") as bar:
             segmenter = fit_masks(dense, store.num_rows, num_clusters, job.config.seed, options, lambda _: bar.update())
         stage, masks, row = MaskAnnotator(segmenter, cells), [], 0
         for _, x in squares(job, store, extractor, "masks"):
-            mirrored = extractor.dense(x.flip(3)) - torch.from_numpy(centre)
+            mirrored = (extractor.dense(x.flip(3)) - torch.from_numpy(centre)).to(device)
             masks.append(stage({"dense": dense(np.arange(row, row + len(x))), "dense_mirrored": mirrored})["mask"])
             row += len(x)
     return np.concatenate(masks), {**segmenter.tensors(), "centre": centre}

@@ -295,8 +295,8 @@ def write_run(folder: Path, config: Config, facts: StoreFacts, **parts: Tensors)
         folder: empty.
         config: resolved.
         facts: of the data.
-        parts: what `Autoencoder.tensors` gave as "autoencoder"; weights of the features, and "centroids" where the labels
-            are clusters, as "features"; what `keep_guidance` gave as "guidance".
+        parts: what `Autoencoder.tensors` gave as "autoencoder"; weights of the features, and "centroids" where the
+            labels are clusters, as "features"; what `keep_guidance` gave as "guidance".
     """
     save_config(config, folder / "config.yaml")
     (folder / "store.json").write_text(json.dumps(asdict(facts), indent=1))
