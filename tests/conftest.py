@@ -75,7 +75,7 @@ def write_scenes(root: Path, n: int = NUM_IMAGES) -> Path:
     y, x = np.mgrid[:64, :64]
     for index in range(n):
         rng = np.random.default_rng([1, index])
-        pixels = 90 + 60.0 * np.repeat(((y // 3) % 2)[..., None], 3, axis=2)
+        pixels = 90 + 60.0 * np.repeat(((y // 2) % 2)[..., None], 3, axis=2)
         x0, y0, x1, y1 = scene_box(index)
         texture = ((x // 2) % 2, ((x + y) // 4) % 2)[index % 2][y0:y1, x0:x1, None]
         pixels[y0:y1, x0:x1] = np.array([[150, 80, 60], [50, 110, 150]])[index % 2] + 90 * texture
