@@ -30,6 +30,7 @@ AUTOENCODERS = ("patch-pca", "identity", "kl-f8", "taesd")
 MAX_SEED = 2**32 - 1  # torch's CPU generator ignores higher bits
 RANGES = {  # both ends included; None is let pass
     "annotate.limit": (1, 2**63 - 1),
+    "annotate.mask_steps": (0, 2**63 - 1),
     "annotate.max_bad": (0, 1),
     "annotate.seed": (0, MAX_SEED),
     "vae.kl_weight": (0, 1e6),
@@ -58,12 +59,14 @@ class AnnotateConfig:
     latent_channels: int = 16  # patch-pca: components kept per patch
     features: str = "patch-quantiles"  # that, a timm or Hugging Face name, or a checkpoint (annotate/backbones.py)
     clusters: list[int] = field(default_factory=lambda: [32])  # K; several give several columns
+    kind: str = "clusters"  # of the column that is added: annotate/columns.py lists the others
     column: str | None = None  # to train on; None takes the newest cluster column
     seed: int = 0  # of k-means
     limit: int | None = None  # use only the first so many images; None means all
     max_bad: float = 0.10  # share of unreadable images above which annotation gives up
     shard_rows: int = 1024  # images per shard: what a killed annotation loses at most
     batch_size: int = 32  # images decoded and encoded at once
+    mask_steps: int = 5000  # masks: of STEGO's training
 
 
 @dataclass

@@ -69,6 +69,54 @@ def annotate_config(folder: Path, **changes: Any) -> AnnotateConfig:
     return AnnotateConfig(dataset=str(folder), **(tiny | changes))
 
 
+def write_scenes(root: Path, n: int = NUM_IMAGES) -> Path:
+    """Write squares of 64 px: stripes, and before them one rectangle of another texture, of one of two kinds."""
+    root.mkdir(parents=True)
+    y, x = np.mgrid[:64, :64]
+    for index in range(n):
+        rng = np.random.default_rng([1, index])
+        pixels = 90 + 60.0 * np.repeat(((y // 2) % 2)[..., None], 3, axis=2)
+        x0, y0, x1, y1 = scene_box(index)
+        texture = ((x // 2) % 2, ((x + y) // 4) % 2)[index % 2][y0:y1, x0:x1, None]
+        pixels[y0:y1, x0:x1] = np.array([[150, 80, 60], [50, 110, 150]])[index % 2] + 90 * texture
+        pixels += rng.normal(0, 6, pixels.shape)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"{index:02d}.png")
+    return root
+
+
+def scene_box(index: int) -> tuple[int, int, int, int]:
+    """Where the rectangle of a scene is: x0, y0, x1, y1."""
+    rng = np.random.default_rng([0, index])
+    (w, h), (x0, y0) = 8 * rng.integers(3, 5, 2), 8 * rng.integers(0, 5, 2)
+    return int(x0), int(y0), int(x0 + w), int(y0 + h)
+
+
+@pytest.fixture(scope="session")
+def scene_boxes() -> np.ndarray:
+    """(24, 4) x0, y0, x1, y1 of the rectangles in `scene_store`."""
+    return np.array([scene_box(index) for index in range(NUM_IMAGES)])
+
+
+@pytest.fixture(scope="session")
+def scene_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """24 scenes: latents 16x8x8 of 64 px, clusters k2, boxes-k2 (LOST), masks2 (STEGO); tests must not change it."""
+    folder = tmp_path_factory.mktemp("scenes")
+    images = write_scenes(folder / "images")
+    for kind in ("boxes", "masks"):
+        config = annotate_config(images, clusters=[2], patch_px=8, kind=kind, mask_steps=20)
+        store = annotate(config, open_source(str(images)), folder / "store", quiet=True)
+    return store
+
+
+@pytest.fixture(scope="session", params=["boxes-k2", "masks2"])
+def scene_run(request: pytest.FixtureRequest, scene_store: Store, tiny_yaml: Path) -> Run:
+    """A run trained for six steps under boxes, and one under masks; tests must not change them."""
+    config = load_config(tiny_yaml, [f"annotate.column={request.param}"])
+    run = resume_or_create(scene_store.folder.parent / "runs" / request.param, config, scene_store)
+    train(run, scene_store, start_processes())
+    return run
+
+
 @pytest.fixture(scope="session")
 def tiny_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration that trains in less than a second."""

@@ -2,6 +2,7 @@
 
 python tools/annotate.py
 python tools/annotate.py --dataset my_photos/ --clusters 16
+python tools/annotate.py --dataset my_photos/ --kind boxes
 torchrun --nproc-per-node 4 tools/annotate.py --dataset my_photos/
 
 Processes share the work through the store: start as many as there are cores, with torchrun or by hand, on any machines
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from ldm_sg import cli
 from ldm_sg.annotate import annotate, summary
+from ldm_sg.annotate.columns import KINDS_TEXT
 from ldm_sg.annotate.features import FEATURES
 from ldm_sg.config import AnnotateConfig, check, config_path, load_config
 from ldm_sg.data import DATASETS, open_source
@@ -34,9 +36,10 @@ def arguments() -> argparse.Namespace:
         type=int,
         nargs="+",
         metavar="K",
-        help="number of clusters; several make several columns",
+        help="number of clusters, of images or for masks of pixels; several make several columns",
     )
-    made.add_argument("--column", help="name of the cluster column; default k<K>")
+    made.add_argument("--kind", help=f"what the column holds: {KINDS_TEXT}; default clusters")
+    made.add_argument("--column", help="name of the column; default k<K>, boxes-k<K>, masks<K>, ...")
     made.add_argument("--limit", type=int, metavar="N", help="use only the first N images")
     made.add_argument("--seed", type=int, help="of k-means; default 0")
     made.add_argument(
@@ -61,6 +64,7 @@ def configure(args: argparse.Namespace) -> AnnotateConfig:
     names = (
         "dataset",
         "clusters",
+        "kind",
         "column",
         "limit",
         "seed",

@@ -26,7 +26,7 @@ from ldm_sg.data.decode import decode_rgb
 from ldm_sg.diffusion import SAMPLERS
 from ldm_sg.sample import Sampler, contact_sheet, sample_grid
 from ldm_sg.sample.figures import denoising_figure, interpolation_figure, inversion_figure
-from ldm_sg.sample.grid import RealImages
+from ldm_sg.sample.grid import KEPT_ROWS, RealImages
 from ldm_sg.sample.requests import Mix, parse_guidance
 from ldm_sg.train import Run, newest_run, open_run
 from ldm_sg.train.run import RUNS_ROOT
@@ -112,7 +112,8 @@ def figure(args: argparse.Namespace, run: Run, clusters: list[int | Mix], option
 
 def grid(args: argparse.Namespace, run: Run, clusters: list[int | Mix], options: SampleConfig) -> Image.Image:
     """Draw one row per cluster."""
-    with tqdm(total=max(1, len(clusters)) * options.n, desc="sample", unit=" images") as bar:
+    drawn = KEPT_ROWS if run.keeps_guidance and options.scale else 1
+    with tqdm(total=(len(clusters) or drawn) * options.n, desc="sample", unit=" images") as bar:
         picture, made = sample_grid(Sampler(run), clusters or None, options, real_images(run), bar.update)
     if args.save_images:
         save_images(made, args.save_images)

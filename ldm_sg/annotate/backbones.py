@@ -36,7 +36,7 @@ class Backbone:
         definition: name and SHA-256 of the weights.
     """
 
-    projected = False
+    projected, centred = False, True
 
     def __init__(
         self,
@@ -68,16 +68,17 @@ class Backbone:
         """Give the keys of the last attention layer, all heads, without the class token.
 
         Args:
-            x: (B, 3, H, W) in [-1, 1]; H, W multiples of `patch_px`.
+            x: (B, 3, H, W) in [-1, 1], padded to whole patches with what is zero once normalised.
         Returns:
             (B, h, w, D) float32.
         Raises:
             ValueError: for a network without such attention.
-        Source: Siméoni et al. (2021), LOST, section 3.1.
+        Source: Siméoni et al. (2021), LOST, section 3.1, and its code for the padding.
         """
         found: list[Tensor] = []
         layers = [m for name, m in self.network.named_modules() if name.endswith((".qkv", ".k_proj"))]
         if layers:
+            x = self._padded(x)
             hook = layers[-1].register_forward_hook(lambda module, inputs, output: found.append(output))
             self._run(self.network.forward_features, x)
             hook.remove()
@@ -93,6 +94,11 @@ class Backbone:
         side = self.network.patch_embed.patch_size
         return side[0] if isinstance(side, tuple) else side
 
+    @property
+    def native_px(self) -> int:
+        """Side of the squares that the network was trained on."""
+        return self.size_px
+
     def tensors(self) -> dict[str, np.ndarray]:
         """The hash of the weights, which stay where they are: "sha256" (32,) uint8."""
         return {"sha256": np.frombuffer(bytes.fromhex(self.sha256), np.uint8).copy()}
@@ -105,6 +111,12 @@ class Backbone:
         dtype = choose_dtype("auto", self.device)
         with autocast(self.device, torch.float16 if dtype == torch.float32 else dtype):
             return forward(normal.to(self.device, non_blocking=True))
+
+    def _padded(self, x: Tensor) -> Tensor:
+        p, (h, w) = self.patch_px, x.shape[-2:]
+        whole = (2 * self.mean - 1).repeat(len(x), 1, h + -h % p, w + -w % p)
+        whole[..., :h, :w] = x
+        return whole
 
     def _grid(self, tokens: Tensor, x: Tensor) -> Tensor:
         h, w = (side // self.patch_px for side in x.shape[-2:])

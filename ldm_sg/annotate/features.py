@@ -20,6 +20,8 @@ from ldm_sg.autoencoder import PatchPCA, PatchPCAFit
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of the energies over an image; their mean comes last
 ENERGY_FLOOR = 1e-5  # keeps the logarithm finite on flat patches
+PATCH_FLOOR = 0.1  # the same for single patches, whose small energies are noise
+FLAT = 1e-3  # a log-energy that varies less over an image says nothing
 FIT_EVERY = 5  # every fifth patch is enough for the filters, and five is prime to the patches in a row
 
 
@@ -83,8 +85,9 @@ class PatchQuantiles:
     Source: ours; docs/results.md compares it with what else was tried.
     """
 
-    projected = True
+    projected, centred = True, False
     definition: dict[str, Any] = {"network": "none"}  # noqa: RUF012
+    patch_px, native_px = SCALES[0].patch_px, 0
 
     def __init__(self, filters: list[PatchPCA]):
         self.filters = filters
@@ -101,6 +104,28 @@ class PatchQuantiles:
         last = energy.shape[-1] - 1
         statistics = np.stack([*(energy[..., round(q * last)] for q in QUANTILES), mean], axis=1)
         return torch.from_numpy(np.log(statistics + ENERGY_FLOOR)).flatten(1)
+
+    def dense(self, x: Tensor) -> Tensor:
+        """Describe every patch of the smallest scale by its filters' log-energies.
+
+        Args:
+            x: (B, 3, H, W) in [-1, 1]; the border is repeated where it does not fill a patch.
+        Returns:
+            (B, h, w, D) float32; energies are averaged over four shifts, as a pattern's phase should not matter.
+        Source: ours: a stand-in where there is no self-supervised network.
+        """
+        p, q = self.patch_px, self.patch_px // 4
+        h, w = (side + -side % p for side in x.shape[-2:])
+        around = F.pad(x, (q, w + q - x.shape[-1], q, h + q - x.shape[-2]), mode="replicate")
+        shifts = [around[..., i : i + h, j : j + w] for i in (0, 2 * q) for j in (0, 2 * q)]
+        energy = torch.stack([self.filters[0].encode(shift).square() for shift in shifts]).mean(0)
+        return (energy + PATCH_FLOOR).log().permute(0, 2, 3, 1).contiguous()
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Give `dense` less its mean over each image: patches of its larger part are alike then; zero where all are."""
+        dense = self.dense(x)
+        differs = dense.std((1, 2), keepdim=True) > FLAT
+        return torch.where(differs, dense - dense.mean((1, 2), keepdim=True), 0.0)
 
     def tensors(self) -> dict[str, np.ndarray]:
         return {f"{i}.{name}": t for i, pca in enumerate(self.filters) for name, t in pca.tensors().items()}

@@ -88,8 +88,14 @@ def fit_encoders(job: Job) -> Encoders:
 
 def stored_encoders(config: AnnotateConfig, store: Store) -> Encoders:
     """Load the encoders that a store was made with."""
-    features = {n: t for n, t in store.asset("features")[0].items() if not n.startswith("projection.")}
-    return Encoders.load(config, store.asset("autoencoder")[0], features)
+    autoencoder = load_autoencoder(config.autoencoder, store.asset("autoencoder")[0])
+    return Encoders(autoencoder, stored_features(config.features, store))
+
+
+def stored_features(name: str, store: Store) -> Extractor:
+    """Load the features alone that a store was made with."""
+    tensors = store.asset("features")[0].items()
+    return load_features(name, {n: t for n, t in tensors if not n.startswith("projection.")})
 
 
 def sample_rows(num_rows: int) -> np.ndarray:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ldm_sg.config import AnnotateConfig
@@ -68,7 +70,7 @@ class Job:
 
     def stream(self, keys: list[str], stage: str) -> Batches:
         """Stream images in batches with a progress bar of their own: "keys", "x" (b, 3, S, S) in [-1, 1], "bad"."""
-        with self._bar(stage, len(keys)) as bar:
+        with self.bar(stage, len(keys)) as bar:
             yield from self._stream(keys, bar)
 
     def each_shard(self, stage: str, finished: Callable[[int], bool], do: Callable[[int, Batches], None]) -> None:
@@ -80,7 +82,7 @@ class Job:
             do: finishes a shard from its batches; it may be called again for a shard that is finished.
         """
         todo = list(range(len(self.shards)))
-        with self._bar(stage, len(self.keys)) as bar:
+        with self.bar(stage, len(self.keys)) as bar:
             while todo:
                 if not self._finish_one(stage, todo, finished, do, bar) and todo:
                     time.sleep(POLL_S)
@@ -128,8 +130,20 @@ class Job:
             yield {**batch, "x": to_model_range(batch["image"])}
             bar.update(len(batch["keys"]) + len(batch["bad"]))
 
-    def _bar(self, stage: str, total: int) -> tqdm:
-        return tqdm(total=total, desc=stage, unit=" images", disable=self.quiet)
+    def bar(self, stage: str, total: int, unit: str = "images") -> tqdm:
+        """Show how far a stage is."""
+        return tqdm(total=total, desc=stage, unit=f" {unit}", disable=self.quiet)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: the last bits of a sum over threads depend on their number; processes share the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _do_unless_done(finished: Callable[[], bool], do: Callable[[], Any]) -> None:

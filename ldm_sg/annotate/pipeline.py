@@ -11,15 +11,15 @@ import itertools
 import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ldm_sg.annotate.columns import add_column, check_source, cluster_column, parse_kind
 from ldm_sg.annotate.fitting import Encoders, clear_fit, fit_encoders, sample_rows
-from ldm_sg.annotate.job import Batches, Job
+from ldm_sg.annotate.job import Batches, Job, one_thread
 from ldm_sg.annotate.kmeans import engine, fit_kmeans, settings
 from ldm_sg.annotate.projection import Projection, feature_moments, fit_projection, normalisation
 from ldm_sg.annotate.quality import normalised_mutual_information
@@ -36,7 +36,7 @@ STATISTICS_ROWS = 64  # latents that are float64 at once
 def annotate(
     config: AnnotateConfig, source: ImageSource, out: Path, *, lease_s: float = LEASE_S, quiet: bool = False
 ) -> Store:
-    """Fill a store with latents, features and one cluster column per K, together with whoever else does.
+    """Fill a store with latents, features and the columns asked for, together with whoever else does.
 
     Args:
         config: the `annotate` section.
@@ -47,9 +47,12 @@ def annotate(
     Returns:
         The store, opened when all that was asked for is there, whoever did it.
     Raises:
-        ValueError: too few images for the clusters, too many bad ones, or another job's store in `out`.
+        ValueError: too few images for the clusters, too many bad ones, another job's store in `out`, or a kind of
+            column that is not known or that these images and features cannot give.
         OSError: the disk is full; finished shards stay.
     """
+    kind = parse_kind(config)
+    check_source(kind, source)
     keys = source.keys[: config.limit]
     _check_count(len(keys), config)
     writer = StoreWriter(out, hash_config(job_definition(config, source, keys)))  # refuses another job's store
@@ -58,8 +61,10 @@ def annotate(
         make_rows(job)
     clear_fit(job)
     add_labels(Store.open(out), source)
-    for k in config.clusters:
+    for k in config.clusters if kind.clustered else []:
         add_clusters(job, k)
+    if kind.name != "clusters":
+        add_column(job, kind)
     job.leases.sweep()
     return Store.open(out)
 
@@ -72,17 +77,6 @@ def job_definition(config: AnnotateConfig, source: ImageSource, keys: list[str])
         "dataset": source.name,
         **{name: getattr(config, name) for name in names},
     }
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: the last bits of a sum over threads depend on their number; processes share the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @one_thread()
@@ -245,7 +239,7 @@ def add_clusters(job: Job, k: int) -> None:
     Raises:
         ValueError: if a column of that name was made with other settings.
     """
-    folder, name = job.writer.folder, job.config.column or f"k{k}"
+    folder, name = job.writer.folder, cluster_column(job.config, k)
     provenance = {
         "algorithm": "k-means",
         "num_clusters": k,
@@ -293,7 +287,7 @@ def _shards_of(writer: StoreWriter, num_shards: int, name: str) -> Iterator[np.n
 
 def _check_count(images: int, config: AnnotateConfig) -> None:
     most = max(config.clusters)
-    if images < most:
+    if images < most and parse_kind(config).clustered:
         raise ValueError(
             f"got {images} images for {most} clusters, expected at least one image each: "
             f"give --clusters {max(1, images // 8)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ldm_sg.annotate.columns import cluster_column, column_name, parse_kind
 from ldm_sg.config import AnnotateConfig
 from ldm_sg.store import Store
 
@@ -21,7 +22,8 @@ def summary(store: Store, config: AnnotateConfig) -> str:
     if bad["count"]:
         key, reason = bad["images"][0]
         lines.append(f"quarantined {bad['count']} images (listed in quarantine.tsv), the first: {key}: {reason}")
-    for name in [config.column] if config.column else [f"k{k}" for k in config.clusters]:
+    kind = parse_kind(config)
+    for name in [cluster_column(config, k) for k in config.clusters if kind.clustered]:
         report = store.manifest["columns"][name]["report"]
         sizes = report["sizes"]
         lines.append(
@@ -30,4 +32,17 @@ def summary(store: Store, config: AnnotateConfig) -> str:
         lines.append("  " + " ".join(map(str, sizes)))
         if "nmi" in report:
             lines.append(f"  NMI against the data set's own labels (never used otherwise): {report['nmi']:.3f}")
+    if kind.name != "clusters":
+        lines.append(_describe(store, column_name(config)))
     return "\n".join(lines)
+
+
+def _describe(store: Store, name: str) -> str:
+    record = store.manifest["columns"][name]
+    provenance, report = record["provenance"], record["report"]
+    line = f"column {name}: {provenance['algorithm']}, K={provenance['num_clusters']}"
+    if record["kind"] == "mask":
+        return f"{line}, {report['share']:.1%} of the cells in a mask, {report['empty']} images without"
+    if record["kind"] == "shuffled":
+        return f"{line}, {report['changed']:.1%} of the images in another cluster than before"
+    return f"{line}, images per class {' '.join(map(str, report['images']))}"

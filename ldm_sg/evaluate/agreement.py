@@ -12,7 +12,7 @@ from ldm_sg.annotate.annotator import Annotator
 from ldm_sg.autoencoder.reconstruction import reconstruct
 from ldm_sg.config import SampleConfig
 from ldm_sg.data import to_model_range, to_uint8
-from ldm_sg.sample import Sampler, cluster_requests, histogram_requests
+from ldm_sg.sample import Sampler, cluster_requests, training_requests
 
 Progress = Callable[[int], None]
 
@@ -84,7 +84,7 @@ def unguided_variation(
         Total variation between the two histograms (0 equal, 1 disjoint), and the images (n, S, S, 3) uint8.
     """
     facts = sampler.run.facts
-    requests = histogram_requests(facts.histogram, n, options.seed)
+    requests = training_requests(sampler.run, n, options.seed)
     images = np.concatenate(list(sampler.images(requests, replace(options, scale=0.0), progress)))
     found = np.bincount(annotator.clusters(images), minlength=facts.num_clusters) / n
     expected = np.array(facts.histogram) / sum(facts.histogram)

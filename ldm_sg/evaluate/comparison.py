@@ -11,7 +11,7 @@ import numpy as np
 from ldm_sg.config import SampleConfig, differences
 from ldm_sg.evaluate.evaluation import training_images
 from ldm_sg.evaluate.kernel_distance import KernelDistance, efficientnet_lite0, image_features, kernel_distance
-from ldm_sg.sample import Sampler, histogram_requests
+from ldm_sg.sample import Sampler, training_requests
 from ldm_sg.sample.grid import RealImages
 from ldm_sg.train.run import Run
 
@@ -62,7 +62,7 @@ def compare_guidance(
         parts.append(image_features(network, training_images(real, chunk)))
         bar(len(chunk))
     expected, rows = np.concatenate(parts), []
-    requests = histogram_requests(guided.facts.histogram, n, options.seed)
+    requests = training_requests(guided, n, options.seed)
     for run, scale in [*((guided, w) for w in scales), (unguided, 0.0)]:
         bar = progress(f"{run.name} w={scale:g}", n)
         images = Sampler(run).images(requests, replace(options, scale=scale), bar)

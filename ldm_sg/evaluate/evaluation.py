@@ -64,7 +64,14 @@ def evaluate(run: Run, options: SampleConfig, progress: Callable[[str, int], Cal
         progress: (stage, total images) -> a function to call with the images just done.
     Returns:
         The numbers and the images they were taken from.
+    Raises:
+        ValueError: for a run that is not guided by clusters.
     """
+    if "centroids" not in run.features():
+        raise ValueError(
+            f"run {run.name} is guided by column {run.facts.column}, expected clusters, or boxes with clusters: "
+            "generated images are annotated again with them"
+        )
     sampler, real = Sampler(run), RealImages(run)
     annotator = Annotator.load(run.facts.features, run.features())
     counts, num_clusters = run.config.evaluate, run.facts.num_clusters
@@ -81,7 +88,7 @@ def evaluate(run: Run, options: SampleConfig, progress: Callable[[str, int], Cal
     )
     images = training_images(real, shown)
     numbers["psnr_db"] = psnr(sampler.autoencoder, images)
-    numbers["agreement_ceiling"] = reconstruction_ceiling(sampler, annotator, images, real.clusters[shown])
+    numbers["agreement_ceiling"] = reconstruction_ceiling(sampler, annotator, images, real.guidance.labels[shown])
     guided = np.zeros((0, *images.shape[1:]), np.uint8)
     if run.config.model.guided:
         n = counts.images_per_cluster

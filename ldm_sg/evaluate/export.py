@@ -34,8 +34,12 @@ def export(run: Run, folder: Path) -> Path:
         `folder`.
     Raises:
         FileNotFoundError: if the run has no checkpoint.
-        ValueError: if `folder` exists, or diffusers is missing.
+        ValueError: if `folder` exists, diffusers is missing, or the run samples with guidance of training images.
     """
+    if run.keeps_guidance:
+        raise ValueError(
+            f"run {run.name} samples with masks or labels of training images, which cannot be exported yet"
+        )
     if folder.exists():
         raise ValueError(f"{folder} exists: give another --out")
     try:
@@ -43,7 +47,7 @@ def export(run: Run, folder: Path) -> Path:
     except ImportError as error:
         raise ValueError(f"exporting to diffusers needs {error.name}: pip install 'ldm_sg[vae]'") from error
     sampler = Sampler(run, device=torch.device("cpu"))
-    unet = SelfGuidedUNet(settings=network_settings(run))
+    unet = SelfGuidedUNet(settings=network_arguments(run))
     unet.network.load_state_dict(sampler.network.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with complete_folder(folder) as partial:
@@ -67,7 +71,7 @@ def _model_of(autoencoder: Any) -> Any:
     return None
 
 
-def network_settings(run: Run) -> dict[str, Any]:
+def network_arguments(run: Run) -> dict[str, Any]:
     """Collect the arguments of `UNet`."""
     model = asdict(run.config.model)
     channels = {"channels": run.facts.latent_shape[0], "num_clusters": num_labels(run)}

@@ -1,7 +1,7 @@
 """Run -> images: seeds to latents to pixels, and the pictures that show them."""
 
 from ldm_sg.sample.grid import contact_sheet, sample_grid, training_grid
-from ldm_sg.sample.requests import Request, cluster_requests, histogram_requests
+from ldm_sg.sample.requests import Request, cluster_requests, histogram_requests, training_requests
 from ldm_sg.sample.sampler import Sampler
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "histogram_requests",
     "sample_grid",
     "training_grid",
+    "training_requests",
 ]

@@ -12,12 +12,15 @@ from torch import nn
 
 from ldm_sg.config import SampleConfig
 from ldm_sg.data import load_images, open_source
-from ldm_sg.sample.requests import Mix, as_mix, cluster_requests, describe, histogram_requests
+from ldm_sg.sample.kept import Kept
+from ldm_sg.sample.requests import Mix, Request, as_mix, cluster_requests, describe, histogram_requests
 from ldm_sg.sample.sampler import Sampler
 from ldm_sg.store import Store
+from ldm_sg.train.guidance import Guidance
 from ldm_sg.train.run import Run, StoreFacts
 
 TILE_PX, GAP_PX, CAPTION_PX = 128, 12, 22
+KEPT_ROWS = 4  # training images whose guidance is drawn where no cluster is named
 INK, PAPER = (30, 30, 30), (250, 250, 248)
 
 
@@ -34,11 +37,11 @@ class RealImages:
         self.size_px = run.facts.size_px
         self.store = Store.open(run.facts.store, run.facts.generation)
         self.source = open_source(run.facts.dataset)
-        self.clusters = self.store.column(run.facts.column)
+        self.guidance = Guidance.load(self.store, run.facts.column)
 
     def of_cluster(self, cluster: int | Mix, n: int) -> np.ndarray:
         """Give the first n images of a cluster, or of a mix's clusters in turn, (<= n, S, S, 3) uint8."""
-        members = [np.flatnonzero(self.clusters == k)[:n] for k, _ in as_mix(cluster)]
+        members = [self.guidance.having(k)[:n] for k, _ in as_mix(cluster)]
         return self.rows([rows[i] for i in range(n) for rows in members if i < len(rows)][:n])
 
     def spread(self, n: int) -> np.ndarray:
@@ -99,9 +102,13 @@ def sample_grid(
 ) -> tuple[Image.Image, np.ndarray]:
     """Draw one row per cluster: real images on the left, generated ones on the right.
 
+    Of a run that samples with the guidance of training images, a row is one of those: the image, its mask over it, and
+    generated images under its guidance.
+
     Args:
         sampler: of the run.
-        clusters: ids or mixes of them; None draws one row whose clusters follow the training histogram.
+        clusters: ids or mixes of them; None draws one row whose clusters follow the training histogram, or `KEPT_ROWS`
+            training images.
         options: n, seed, scale (0 draws without guidance), steps, sampler.
         real: the training images; None leaves the left side out.
         progress: called with the number of images just made.
@@ -111,6 +118,8 @@ def sample_grid(
         ValueError: for a cluster that the run has not.
     """
     facts, n = sampler.run.facts, options.n
+    if sampler.kept is not None and options.scale != 0:
+        return _kept_grid(sampler, sampler.kept, clusters or [None] * KEPT_ROWS, options, real, progress)
     if clusters is None:
         requests = histogram_requests(facts.histogram, n, options.seed)
     else:
@@ -121,12 +130,63 @@ def sample_grid(
         pictures = [paste_row(made[i * n : (i + 1) * n], n)]
         if real is not None:
             pictures.insert(0, paste_row(real.spread(n) if cluster is None else real.of_cluster(cluster, n), n))
-        rows.append((_caption(facts, cluster, options, real is not None), pictures))
+        rows.append((_caption(facts, cluster, options, "left: real, right: generated" if real else ""), pictures))
     return captioned(rows), made
 
 
-def _caption(facts: StoreFacts, cluster: int | Mix | None, options: SampleConfig, has_real: bool) -> str:
-    what = "clusters as in training" if cluster is None else describe(cluster)
+def _kept_grid(
+    sampler: Sampler,
+    kept: Kept,
+    clusters: Sequence[int | Mix | None],
+    options: SampleConfig,
+    real: RealImages | None,
+    progress: Callable[[int], None] | None,
+) -> tuple[Image.Image, np.ndarray]:
+    n, channels = options.n, kept.guidance.spatial_channels
+    places = [kept.place(Request(options.seed + i, cluster)) for i, cluster in enumerate(clusters)]
+    chosen = list(zip(clusters, places))
+    requests = [Request(options.seed + j, cluster, place=place) for cluster, place in chosen for j in range(n)]
+    made, rows = np.concatenate(list(sampler.images(requests, options, progress))), []
+    for i, (cluster, place) in enumerate(chosen):
+        pictures = [paste_row(made[i * n : (i + 1) * n], n)]
+        image = None if real is None else real.rows(kept.rows[[place]])
+        if kept.guidance.masks is not None:
+            drawn = overlay(kept.guidance.masks[place], channels, None if image is None else image[0])
+            pictures.insert(0, paste_row(drawn[None], 1))
+        if image is not None:
+            pictures.insert(0, paste_row(image, 1))
+        shown = ["image"] * (image is not None) + ["mask"] * (kept.guidance.masks is not None) + ["generated"]
+        rows.append((_caption(sampler.run.facts, cluster, options, ", ".join(shown)), pictures))
+    return captioned(rows), made
+
+
+def overlay(index: np.ndarray, channels: int, image: np.ndarray | None, tile_px: int = TILE_PX) -> np.ndarray:
+    """Draw a mask over its image, or on white.
+
+    Args:
+        index: (h, w) uint8 index map.
+        channels: S, the number of colours.
+        image: (S, S, 3) uint8; None for white.
+        tile_px: side of the picture.
+    Returns:
+        (tile_px, tile_px, 3) uint8, places without a class as they are in the image.
+    """
+    size = (tile_px, tile_px)
+    below = Image.new("RGB", size, "white") if image is None else Image.fromarray(image).resize(size)
+    hues = [
+        Image.new("HSV", (1, 1), (i * 255 // channels, 200, 255)).convert("RGB").getpixel((0, 0))
+        for i in range(channels)
+    ]
+    colours = np.zeros((256, 3), np.uint8)
+    colours[:channels] = hues
+    marked = index < channels
+    tint = Image.fromarray(colours[index]).resize(size, Image.Resampling.NEAREST)
+    share = Image.fromarray(np.where(marked, 130, 0).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    return np.asarray(Image.composite(tint, below, share))
+
+
+def _caption(facts: StoreFacts, cluster: int | Mix | None, options: SampleConfig, shown: str) -> str:
+    what = "guidance as in training" if cluster is None else describe(cluster)
     if isinstance(cluster, int):
         what += f" ({facts.histogram[cluster]} images)"
     parts = [
@@ -134,7 +194,7 @@ def _caption(facts: StoreFacts, cluster: int | Mix | None, options: SampleConfig
         f"w={options.scale:g}",
         f"{options.sampler}, {options.steps} steps",
     ]
-    return "   ".join([*parts, f"seed {options.seed}"] + ["left: real, right: generated"] * has_real)
+    return "   ".join([*parts, f"seed {options.seed}", shown])
 
 
 def contact_sheet(run: Run, real: RealImages, n: int = 12, tile_px: int = 96) -> Image.Image:

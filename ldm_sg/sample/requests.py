@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm_sg.train.run import Run
+
 Mix = tuple[tuple[int, float], ...]
 """(cluster, weight) pairs: the label that is zero but for these."""
 
@@ -19,9 +21,10 @@ class Request:
     """One image to make; it depends on nothing else."""
 
     seed: int
-    cluster: int | Mix | None  # None only without guidance
+    cluster: int | Mix | None  # None only without guidance, or where a training image's own is meant
     scale: float | None = None  # w of Eq. 4; None takes that of the options
     start: Tensor | None = field(default=None, compare=False)  # (C, h, w) at the first time, in place of the seed's
+    place: int | None = None  # of the training image whose mask is meant; None lets the seed choose
 
 
 def as_mix(cluster: int | Mix | None) -> Mix:
@@ -118,6 +121,13 @@ def cluster_requests(clusters: Sequence[int | Mix], n: int, seed: int, num_clust
     """
     labels(clusters, num_clusters)  # refuses unknown ones
     return [Request(seed + j, c) for c in clusters for j in range(n)]
+
+
+def training_requests(run: Run, n: int, seed: int) -> list[Request]:
+    """Ask for n images whose guidance follows the training set, whatever guides; image i's depends on its seed only."""
+    if run.keeps_guidance:
+        return [Request(seed + i, None) for i in range(n)]
+    return histogram_requests(run.facts.histogram, n, seed)
 
 
 def histogram_requests(histogram: Sequence[int], n: int, seed: int) -> list[Request]:

@@ -20,6 +20,7 @@ from ldm_sg.diffusion.parameterisation import Denoise
 from ldm_sg.diffusion.samplers import Trace
 from ldm_sg.hardware import autocast, choose_device, choose_dtype
 from ldm_sg.model import BoundUNet
+from ldm_sg.sample.kept import Kept
 from ldm_sg.sample.requests import Request, labels
 from ldm_sg.sample.seeds import SeededNoise
 from ldm_sg.train.checkpoint import load_weights
@@ -42,6 +43,7 @@ class Sampler:
         self.run, self.device = run, device or choose_device()
         self.autoencoder, self.schedule = run.autoencoder(), build_run_schedule(run.config.diffusion)
         self.parameterisation = PARAMETERISATIONS[run.config.diffusion.parameterisation]
+        self.kept = Kept(run) if run.keeps_guidance else None
         self.dtype = choose_dtype(run.config.train.precision, self.device)
         self.network = network if network is not None else self._load()
 
@@ -193,6 +195,8 @@ class Sampler:
             if any(_scale(r, options) != 0 for r in requests):
                 raise ValueError(f"run {self.run.name} was trained without guidance: sample it with --unguided")
             return {}
+        if self.kept is not None:
+            return {name: tensor.to(self.device) for name, tensor in self.kept.tensors(requests).items()}
         return {"label": labels([r.cluster for r in requests], self.run.facts.num_clusters).to(self.device)}
 
     def _check_start(self, start: Tensor) -> None:

@@ -122,7 +122,7 @@ def import_checkpoint(file: Path, config: Config, path: Path) -> Run:
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.train.lr)
     path.parent.mkdir(parents=True, exist_ok=True)
     with complete_folder(path) as partial:
-        write_run(partial, config, facts, autoencoder.tensors(), {})
+        write_run(partial, config, facts, autoencoder=autoencoder.tensors(), features={})
         settings = network_settings(config.model, facts)
         save_checkpoint(partial / "checkpoints", steps, network, ema, optimizer, 1, settings)
     return open_run(path)

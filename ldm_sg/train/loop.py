@@ -19,11 +19,12 @@ from ldm_sg.config import TrainConfig
 from ldm_sg.diffusion import PARAMETERISATIONS, training_loss
 from ldm_sg.diffusion.schedule import Schedule
 from ldm_sg.hardware import autocast, choose_dtype, describe
-from ldm_sg.model import drop_guidance, one_hot
+from ldm_sg.model import drop_guidance
 from ldm_sg.store import Store
 from ldm_sg.train.checkpoint import load_checkpoint, save_checkpoint
 from ldm_sg.train.distributed import Processes
 from ldm_sg.train.ema import EMA
+from ldm_sg.train.guidance import Guidance
 from ldm_sg.train.order import batch_rows
 from ldm_sg.train.progress import Progress
 from ldm_sg.train.run import Run, build_network, build_run_schedule, network_settings
@@ -37,7 +38,8 @@ class Batch(NamedTuple):
 
     moments: Tensor  # (B, C or 2C, h, w)
     posterior: Tensor  # (B, C, h, w) noise to draw a latent from the moments with
-    clusters: Tensor  # (B,) int64
+    label: Tensor  # (B, K)
+    spatial: Tensor  # (B, S, h, w); S is 0 without masks
     noise: Tensor  # (B, C, h, w)
     time: Tensor  # (B,)
     keep: Tensor  # (B,) bool, false where the guidance is dropped
@@ -60,7 +62,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def load_batch(
-    step: int, run: Run, store: Store, clusters: np.ndarray, schedule: Schedule, processes: Processes
+    step: int, run: Run, store: Store, guidance: Guidance, schedule: Schedule, processes: Processes
 ) -> Batch:
     """Draw a step's batch.
 
@@ -68,7 +70,7 @@ def load_batch(
         step: from 0.
         run: batch_size, seed, flip and drop_prob; the latent's shape.
         store: holds "latent" (N, 2, C or 2C, h, w), the moments of each image and of its mirror image.
-        clusters: (N,) the cluster column.
+        guidance: of the store's rows.
         schedule: draws the times.
         processes: says which part is this process's.
     Returns:
@@ -84,7 +86,9 @@ def load_batch(
     rows = batch_rows(step, size, store.num_rows, config.seed)[mine]
     latents = store.read(["latent"], rows)["latent"]
     moments = torch.from_numpy(latents[np.arange(len(rows)), flipped].astype(np.float32))
-    return Batch(moments, posterior[mine], torch.from_numpy(clusters[rows]), noise[mine], times[mine], keep[mine])
+    signal = guidance.rows(rows).tensors(flipped == 1)
+    spatial = signal.get("spatial", torch.zeros(len(rows), 0, *moments.shape[2:]))
+    return Batch(moments, posterior[mine], signal["label"], spatial, noise[mine], times[mine], keep[mine])
 
 
 class Trainer:
@@ -106,7 +110,7 @@ class Trainer:
         self.schedule = build_run_schedule(d)
         self.parameterisation = PARAMETERISATIONS[d.parameterisation]
         self.autoencoder: Autoencoder = run.autoencoder()
-        self.clusters = store.column(run.facts.column)
+        self.guidance = Guidance.load(store, run.facts.column)
         self.dtype = choose_dtype(self.config.precision, processes.device)
         torch.manual_seed(self.config.seed)
         network = build_network(run.config.model, run.facts)
@@ -129,8 +133,8 @@ class Trainer:
         z = facts.standardise(self.autoencoder.sample(batch.moments, batch.posterior)).to(device)
         guidance = {}
         if self.run.config.model.guided:
-            labels = one_hot(batch.clusters, facts.num_clusters)
-            guidance = drop_guidance({"label": labels.to(device)}, batch.keep.to(device))
+            signal = {"label": batch.label} | ({"spatial": batch.spatial} if facts.spatial_channels else {})
+            guidance = drop_guidance({name: t.to(device) for name, t in signal.items()}, batch.keep.to(device))
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             with autocast(device, self.dtype):
@@ -154,7 +158,7 @@ class Trainer:
         Returns:
             "loss" of this process's part and "grad_norm", as scalars.
         """
-        batch = load_batch(self.step_done, self.run, self.store, self.clusters, self.schedule, self.processes)
+        batch = load_batch(self.step_done, self.run, self.store, self.guidance, self.schedule, self.processes)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step_done, self.config)
         torch.manual_seed((self.config.seed * 1_000_003 + self.step_done) * 4096 + self.processes.rank)  # for dropout

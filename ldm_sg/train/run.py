@@ -1,6 +1,6 @@
 """The run folder: everything that sampling and evaluation need, so that a run outlives its store.
 
-config.yaml  store.json  autoencoder/  features/  checkpoints/step-*  latest  metrics.jsonl  samples/
+config.yaml  store.json  autoencoder/  features/  guidance/  checkpoints/step-*  latest  metrics.jsonl  samples/
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from ldm_sg.model import UNet
 from ldm_sg.store import Store
 from ldm_sg.store.format import Tensors, map_tensors, write_tensors
 from ldm_sg.train.checkpoint import newest_checkpoint
+from ldm_sg.train.guidance import Guidance, KeptGuidance, keep_guidance
 
 RUNS_ROOT = Path("runs")
 
@@ -48,17 +49,30 @@ class StoreFacts:
     latent_std: list[float]  # (C,)
     autoencoder: str  # name; its weights lie in autoencoder/
     features: str  # name; their weights and the centroids lie in features/
-    provenance: dict[str, object]  # of the column
+    provenance: dict[str, Any]  # of the column
     created: str
+
+    @property
+    def spatial_channels(self) -> int:
+        """S of the masks that guide; 0 without."""
+        return int(self.provenance.get("spatial_channels", 0))
+
+    @property
+    def label_column(self) -> str:
+        """The column that gives the labels: this one, the clusters that go with boxes, or those that were shuffled."""
+        return str(self.provenance.get("label", self.provenance.get("of", self.column)))
 
     def describe(self) -> str:
         """Say in one line what the guidance is: the annotation's provenance."""
         p = self.provenance
         if "imported" in p:
             return f"imported from {p['imported']}, without guidance; latents {self.autoencoder}"
+        seed = f", seed {p['seed']}" if "seed" in p else ""
+        masks = f", masks of {self.spatial_channels}" if self.spatial_channels else ""
         return (
-            f"{self.num_images} images of {Path(self.dataset).name}, column {self.column}: {p['algorithm']}, "
-            f"K={self.num_clusters}, seed {p['seed']}, on {self.features}; latents {self.autoencoder}"
+            f"{self.num_images} images of {Path(self.dataset).name}, column {self.column}: "
+            f"{p.get('algorithm', 'ground truth')}, K={self.num_clusters}{masks}{seed}, on {self.features}; "
+            f"latents {self.autoencoder}"
         )
 
     def standardise(self, z: Tensor) -> Tensor:
@@ -110,8 +124,17 @@ class Run:
         return load_autoencoder(self.facts.autoencoder, self._weights("autoencoder"))
 
     def features(self) -> dict[str, np.ndarray]:
-        """Load the feature definition's weights and, as "centroids", the clusters' centres."""
+        """Load the feature definition's weights and, as "centroids", the clusters' centres where there are some."""
         return self._weights("features")
+
+    @property
+    def keeps_guidance(self) -> bool:
+        """Whether the run samples with guidance of training images: that of masks, or of several labels at once."""
+        return (self.path / "guidance").is_dir()
+
+    def kept_guidance(self) -> KeptGuidance:
+        """Load the guidance of training images that the run keeps."""
+        return KeptGuidance.load(self._weights("guidance"), self.facts.num_clusters, self.facts.spatial_channels)
 
     def _weights(self, part: str) -> dict[str, np.ndarray]:
         tensors, _ = map_tensors(self.path / part / "weights.safetensors")
@@ -123,6 +146,7 @@ class Space(NamedTuple):
 
     latent_shape: list[int]  # (C, h, w)
     num_clusters: int  # K
+    spatial_channels: int = 0  # S
 
 
 def build_network(config: ModelConfig, facts: StoreFacts | Space) -> UNet:
@@ -130,7 +154,7 @@ def build_network(config: ModelConfig, facts: StoreFacts | Space) -> UNet:
 
     Args:
         config: the `model` section.
-        facts: gives C and K.
+        facts: gives C, K and S.
     Returns:
         A `UNet` whose fresh weights come from torch's global generator.
     Raises:
@@ -140,6 +164,7 @@ def build_network(config: ModelConfig, facts: StoreFacts | Space) -> UNet:
     network = UNet(
         channels,
         facts.num_clusters if config.guided else 0,
+        facts.spatial_channels if config.guided else 0,
         base=config.base,
         multipliers=config.multipliers,
         attention=config.attention,
@@ -164,13 +189,14 @@ def network_settings(config: ModelConfig, facts: StoreFacts | Space) -> dict[str
 
     Args:
         config: the `model` section.
-        facts: gives C and K.
+        facts: gives C, K and S.
     Returns:
         Field -> value.
     """
     free = ("dropout", "checkpointing")  # training may change them
     model = {f"model.{name}": value for name, value in asdict(config).items() if name not in free}
-    return {**model, "latent channels": facts.latent_shape[0], "clusters": facts.num_clusters if config.guided else 0}
+    clusters, masks = (facts.num_clusters, facts.spatial_channels) if config.guided else (0, 0)
+    return {**model, "latent channels": facts.latent_shape[0], "clusters": clusters, "mask channels": masks}
 
 
 def build_run_schedule(d: DiffusionConfig) -> Schedule:
@@ -193,19 +219,15 @@ def facts_of(store: Store, column: str | None) -> StoreFacts:
 
     Args:
         store: opened.
-        column: a cluster column; None takes the newest.
+        column: one to guide by; None takes the newest with clusters.
     Returns:
         The facts.
     Raises:
-        ValueError: if the store has no such cluster column.
+        ValueError: if the store has no such column, or its values fit neither it nor the latents.
     """
     column = column or store.newest_column("cluster")
-    records = store.manifest["columns"]
-    if records.get(column, {}).get("kind") != "cluster":
-        known = ", ".join(name for name, record in records.items() if record["kind"] == "cluster")
-        raise ValueError(f"annotate.column: got {column!r}, expected a cluster column of {store.address}: {known}")
-    about, provenance = store.manifest["provenance"], records[column]["provenance"]
-    num_clusters = int(provenance["num_clusters"])
+    guidance = Guidance.load(store, column)
+    about, provenance = store.manifest["provenance"], store.manifest["columns"][column]["provenance"]
     sides = store.manifest["schema"]["latent"]["shape"][2:]  # of (2, C or 2C, h, w)
     return StoreFacts(
         store=store.address,
@@ -215,8 +237,8 @@ def facts_of(store: Store, column: str | None) -> StoreFacts:
         dataset=about["dataset"],
         size_px=int(about["size_px"]),
         num_images=store.num_rows,
-        num_clusters=num_clusters,
-        histogram=np.bincount(store.column(column), minlength=num_clusters).tolist(),
+        num_clusters=guidance.num_clusters,
+        histogram=guidance.histogram(),
         latent_shape=[len(store.latent_mean), *sides],
         latent_mean=store.latent_mean.tolist(),
         latent_std=store.latent_std.tolist(),
@@ -247,7 +269,7 @@ def follow_store(config: Config, facts: StoreFacts) -> Config:
         features=facts.features,
         clusters=[facts.num_clusters],
         column=facts.column,
-        seed=int(str(facts.provenance["seed"])),
+        seed=int(facts.provenance.get("seed", 0)),
     )
     return replace(config, annotate=annotate)
 
@@ -263,25 +285,30 @@ def create_run(path: Path, config: Config, store: Store) -> Run:
         The opened run.
     """
     facts = facts_of(store, config.annotate.column)
-    features = {**store.asset("features")[0], **store.asset(f"clusters-{facts.column}")[0]}
+    features, clusters = store.asset("features")[0], f"clusters-{facts.label_column}"
+    if clusters in store.manifest["assets"]:
+        features |= store.asset(clusters)[0]
+    parts = {"autoencoder": store.asset("autoencoder")[0], "features": features}
+    if kept := keep_guidance(Guidance.load(store, facts.column)):
+        parts["guidance"] = kept
     with complete_folder(path) as partial:
-        write_run(partial, config, facts, store.asset("autoencoder")[0], features)
+        write_run(partial, config, facts, **parts)
     return open_run(path)
 
 
-def write_run(folder: Path, config: Config, facts: StoreFacts, autoencoder: Tensors, features: Tensors) -> None:
+def write_run(folder: Path, config: Config, facts: StoreFacts, **parts: Tensors) -> None:
     """Fill a run folder with everything but checkpoints.
 
     Args:
         folder: empty.
         config: resolved.
         facts: of the data.
-        autoencoder: what `Autoencoder.tensors` gave.
-        features: weights of the feature definition, and "centroids".
+        parts: what `Autoencoder.tensors` gave as "autoencoder"; weights of the features, and "centroids" where the
+            labels are clusters, as "features"; what `keep_guidance` gave as "guidance".
     """
     save_config(config, folder / "config.yaml")
     (folder / "store.json").write_text(json.dumps(asdict(facts), indent=1))
-    for part, tensors in (("autoencoder", autoencoder), ("features", features)):
+    for part, tensors in parts.items():
         (folder / part).mkdir()
         write_tensors(folder / part / "weights.safetensors", tensors, {})
 

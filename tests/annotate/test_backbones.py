@@ -87,6 +87,16 @@ def test_keys_are_those_of_the_last_attention(tmp_path: Path, images: Tensor) ->
     torch.testing.assert_close(load_backbone(str(tmp_path / "vit")).keys(square), expected[:, 1:].reshape(3, 4, 4, 16))
 
 
+def test_keys_of_odd_sizes_are_those_of_zero_padding(tmp_path: Path, images: Tensor) -> None:
+    save_vit(tmp_path / "vit")
+    found = load_backbone(str(tmp_path / "vit"))
+    odd, whole = images[..., :43, :30], torch.zeros(3, 3, 48, 32)
+    whole[..., :43, :30] = normalised(odd)
+    mean, std = (torch.tensor(CONFIG[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    torch.testing.assert_close(found.keys(odd), found.keys(2 * (whole * std + mean) - 1))
+    assert found.keys(odd).shape == (3, 6, 4, 16)
+
+
 def test_dense_features_of_another_size(tmp_path: Path, images: Tensor) -> None:
     save_vit(tmp_path / "vit")
     found = load_backbone(str(tmp_path / "vit"))

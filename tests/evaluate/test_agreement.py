@@ -63,10 +63,10 @@ def test_ceiling_of_a_perfect_and_of_a_blind_autoencoder(tiny_run: Run, annotato
     sampler: Any = SimpleNamespace(autoencoder=Identity())
     real = RealImages(tiny_run)
     rows = np.arange(24)
-    assert reconstruction_ceiling(sampler, annotator, real.rows(rows), real.clusters) == 1
+    assert reconstruction_ceiling(sampler, annotator, real.rows(rows), real.guidance.labels) == 1
     blind: Any = SimpleNamespace(autoencoder=Blind())
-    share = np.mean(real.clusters == real.clusters[0])
-    assert reconstruction_ceiling(blind, annotator, real.rows(rows), real.clusters) == pytest.approx(share)
+    share = np.mean(real.guidance.labels == real.guidance.labels[0])
+    assert reconstruction_ceiling(blind, annotator, real.rows(rows), real.guidance.labels) == pytest.approx(share)
 
 
 def test_unguided_samples_that_follow_the_histogram(tiny_run: Run, annotator: Annotator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,21 @@ from PIL import Image
 
 from ldm_sg.config import Config, SampleConfig
 from ldm_sg.sample import Sampler, contact_sheet, sample_grid, training_grid
-from ldm_sg.sample.grid import CAPTION_PX, GAP_PX, PAPER, TILE_PX, RealImages, captioned, paste_row
+from ldm_sg.sample.grid import (
+    CAPTION_PX,
+    GAP_PX,
+    KEPT_ROWS,
+    PAPER,
+    TILE_PX,
+    RealImages,
+    captioned,
+    overlay,
+    paste_row,
+)
+from ldm_sg.sample.requests import Request
 from ldm_sg.store import Store
 from ldm_sg.train import Run, resume_or_create
+from ldm_sg.train.guidance import Guidance
 from ldm_sg.train.run import build_network
 
 OPTIONS = SampleConfig(steps=2, n=4, micro_batch=4)
@@ -102,3 +115,52 @@ def test_training_grid(guided: bool, tiny_config: Config, tiny_store: Store, tmp
     rows = 3 if guided else 1
     with Image.open(path) as picture:
         assert picture.height == GAP_PX + rows * (CAPTION_PX + TILE_PX + GAP_PX)
+
+
+def test_rows_of_image_mask_and_images_under_it(scene_run: Run, scene_store: Store) -> None:
+    sampler, real = Sampler(scene_run), RealImages(scene_run)
+    picture, made = sample_grid(sampler, [1, 1, 0], OPTIONS, real)
+    assert made.shape == (12, 64, 64, 3) and sampler.kept is not None
+    wide = 4 * GAP_PX + (1 + 1 + 4) * TILE_PX
+    assert picture.size == (wide, GAP_PX + 3 * (CAPTION_PX + TILE_PX + GAP_PX))
+    place = sampler.kept.place(Request(OPTIONS.seed + 1, 1))  # of the second row
+    y, x = GAP_PX + CAPTION_PX + CAPTION_PX + TILE_PX + GAP_PX, GAP_PX
+    tiles = [
+        picture.crop((x + i * (TILE_PX + GAP_PX), y, x + i * (TILE_PX + GAP_PX) + TILE_PX, y + TILE_PX)) for i in (0, 1)
+    ]
+    image = real.rows(sampler.kept.rows[[place]])
+    np.testing.assert_array_equal(np.asarray(tiles[0]), np.asarray(paste_row(image, 1)))
+    index = sampler.kept.guidance.masks[place]
+    np.testing.assert_array_equal(np.asarray(tiles[1]), overlay(index, scene_run.facts.spatial_channels, image[0]))
+    assert sampler.kept.rows[place] in Guidance.load(scene_store, scene_run.facts.column).having(1)
+    one = next(iter(sampler.images([Request(OPTIONS.seed + 2, 1, place=place)], OPTIONS)))[0]
+    np.testing.assert_array_equal(made[4 + 2], one)
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0])
+def test_masks_without_a_store(scene_run: Run, scale: float) -> None:
+    picture, made = sample_grid(Sampler(scene_run), None, replace(OPTIONS, scale=scale))
+    rows = KEPT_ROWS if scale else 1
+    assert made.shape == (4 * rows, 64, 64, 3)
+    assert picture.height == GAP_PX + rows * (CAPTION_PX + TILE_PX + GAP_PX)
+
+
+def test_overlay_colours_where_a_mask_is() -> None:
+    image = np.full((16, 16, 3), 100, np.uint8)
+    index = np.array([[0, 255], [1, 255]], np.uint8)
+    drawn = overlay(index, 2, image, tile_px=8)
+    assert (drawn[:, 4:] == 100).all()
+    assert len(np.unique(drawn[:4, :4].reshape(-1, 3), axis=0)) == 1 and (drawn[0, 0] != drawn[7, 0]).any()
+    assert (overlay(index, 2, None, tile_px=8)[:, 4:] == 255).all()
+
+
+def test_real_images_of_a_mask_run(scene_run: Run, scene_store: Store) -> None:
+    rows = Guidance.load(scene_store, scene_run.facts.column).having(1)
+    real = RealImages(scene_run)
+    np.testing.assert_array_equal(real.of_cluster(1, 3), real.rows(rows[:3]))
+
+
+def test_training_grid_of_a_mask_run(scene_run: Run, tmp_path: Path) -> None:
+    run = replace(scene_run, path=shutil.copytree(scene_run.path, tmp_path / "run"))
+    with Image.open(training_grid(run, Sampler(run).network, 3)) as picture:
+        assert picture.height == GAP_PX + 2 * (CAPTION_PX + TILE_PX + GAP_PX)

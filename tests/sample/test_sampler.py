@@ -261,3 +261,43 @@ def test_processes_make_the_same_images(tiny_run: Run, tmp_path: Path) -> None:
     subprocess.run(command, env=environment, check=True, timeout=300)
     made = Sampler(tiny_run).latents([Request(i, i % 3) for i in range(7)], tiny_run.config.sample)
     assert torch.equal(load_file(tmp_path / "odd.safetensors")["latents"], torch.cat(list(made))[1::2])
+
+
+@pytest.fixture(scope="module")
+def masked(scene_run: Run) -> Sampler:
+    """A run guided by boxes, and one by masks, with louder weights and without its store."""
+    torch.manual_seed(0)
+    made = Sampler(replace(scene_run, facts=replace(scene_run.facts, store="gone")))
+    for parameter in made.network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return made
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_guided_by_masks_it_does_not_depend_on_the_request_size(masked: Sampler, scale: float) -> None:
+    requests = [Request(100 + i, (0, 1, None)[i % 3]) for i in range(7)]
+    many = images(masked, requests, scale=scale)
+    for i in (0, 2, 6):
+        np.testing.assert_array_equal(images(masked, [requests[i]], scale=scale)[0], many[i])
+
+
+def test_masks_steer(masked: Sampler) -> None:
+    assert masked.kept is not None and masked.kept.guidance.masks is not None
+    first, *others = masked.kept.guidance.masks
+    other = next(i + 1 for i, mask in enumerate(others) if (mask != first).any())
+    requests = [Request(3, 0, place=place) for place in (0, other, 0)]
+    made = images(masked, requests)
+    assert (made[0] != made[1]).any() and (made[0] == made[2]).all()
+    free = images(masked, requests, scale=0.0)
+    assert (free == free[0]).all()
+
+
+def test_masks_are_the_ones_the_network_sees(masked: Sampler) -> None:
+    requests = [Request(i, i % 2) for i in range(4)]
+    assert masked.kept is not None
+    guidance = masked.kept.tensors(requests)
+    assert torch.equal(masked._guidance(requests, OPTIONS)["spatial"], guidance["spatial"])
+    x, time = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.5)
+    with torch.inference_mode():
+        expected = masked.network(x, time, **guidance)
+        torch.testing.assert_close(masked._bind(guidance)(x, time), expected, rtol=1e-4, atol=1e-4)

@@ -73,7 +73,9 @@ def test_forwards_per_image(settings: dict[str, Any], forwards: int) -> None:
 
 
 def test_planned_latents() -> None:
-    assert planned_space(AnnotateConfig(size_px=64, patch_px=16, latent_channels=5, clusters=[7])) == ([5, 4, 4], 7)
+    assert planned_space(AnnotateConfig(size_px=64, patch_px=16, latent_channels=5, clusters=[7])) == Space(
+        [5, 4, 4], 7
+    )
     assert planned_space(AnnotateConfig(size_px=32, autoencoder="identity")).latent_shape == [3, 32, 32]
     assert planned_space(AnnotateConfig(autoencoder="taesd=x")).latent_shape == [4, 32, 32]
 

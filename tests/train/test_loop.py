@@ -133,7 +133,7 @@ def test_sample_grids_are_drawn_on_time(tiny_config: Config, tiny_store: Store, 
 
 def draw(trainer: Trainer, step: int, rank: int = 0, world: int = 1) -> Batch:
     processes = Processes(rank, world, torch.device("cpu"))
-    return load_batch(step, trainer.run, trainer.store, trainer.clusters, trainer.schedule, processes)
+    return load_batch(step, trainer.run, trainer.store, trainer.guidance, trainer.schedule, processes)
 
 
 @pytest.fixture
@@ -156,14 +156,14 @@ def test_two_processes_share_the_batch(trainer: Trainer) -> None:
 
 def test_batch_holds_images_or_mirror_images(trainer: Trainer, tiny_store: Store) -> None:
     latents = torch.from_numpy(tiny_store.read_all("latent").astype(np.float32))
-    clusters = torch.from_numpy(tiny_store.column("k3"))
+    clusters = torch.from_numpy(tiny_store.column("k3")).long()
     sides, kept = [], []
     for step in range(100):
         batch = draw(trainer, step)
         same = (batch.moments[:, None, None] == latents).flatten(3).all(3)  # (B, N, 2)
         assert (same.sum((1, 2)) == 1).all()
         _, rows, side = torch.nonzero(same, as_tuple=True)
-        assert torch.equal(batch.clusters, clusters[rows])
+        assert torch.equal(batch.label.argmax(1), clusters[rows]) and batch.label.sum() == len(rows)
         sides.append(side.float())
         kept.append(batch.keep.float())
     assert 0.42 < torch.cat(sides).mean() < 0.58
@@ -181,3 +181,27 @@ def test_learning_rate() -> None:
     cosine = replace(constant, lr_decay="cosine")
     rates = [learning_rate(step, cosine) for step in (3, 4, 54, 104)]
     assert rates == pytest.approx([2.0, 2.0, 1.0, 0.0])
+
+
+def test_masks_follow_their_images_and_are_dropped_with_the_labels(scene_run: Run, scene_store: Store) -> None:
+    trainer = Trainer(scene_run, scene_store, start_processes())
+    latents = torch.from_numpy(scene_store.read_all("latent").astype(np.float32))
+    whole = trainer.guidance.tensors()
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def network(x: torch.Tensor, t: torch.Tensor, **guidance: torch.Tensor) -> torch.Tensor:
+        seen.append(guidance)
+        return x
+
+    trainer.parallel = network  # type: ignore[assignment]
+    for step in range(12):
+        batch = draw(trainer, step)._replace(keep=torch.tensor([True, False, True, False]))
+        same = (batch.moments[:, None, None] == latents).flatten(3).all(3)
+        _, rows, side = torch.nonzero(same, as_tuple=True)
+        masks = whole["spatial"][rows]
+        assert torch.equal(batch.spatial, torch.where(side.view(-1, 1, 1, 1) == 1, masks.flip(3), masks))
+        assert torch.equal(batch.label, whole["label"][rows])
+        trainer.loss(batch)
+        for name, given in (("label", batch.label), ("spatial", batch.spatial)):
+            assert torch.equal(seen[-1][name][::2], given[::2])
+            assert not seen[-1][name][1::2].any()

@@ -76,7 +76,7 @@ def test_another_store_is_refused(field: str, run: Run, tiny_config: Config, tin
 
 
 def test_unknown_column_is_refused(tiny_store: Store) -> None:
-    with pytest.raises(ValueError, match=r"annotate.column: got 'k99', expected a cluster column of .*: k3"):
+    with pytest.raises(ValueError, match=r"annotate.column: got 'k99', expected a column of .* to guide by: k3"):
         facts_of(tiny_store, "k99")
 
 
@@ -86,6 +86,40 @@ def test_the_configuration_follows_the_store(tiny_config: Config, tiny_store: St
     assert (annotate.size_px, annotate.clusters, annotate.column) == (64, [3], "k3")
     assert (annotate.patch_px, annotate.latent_channels) == (16, 16)
     assert annotate.dataset == tiny_store.manifest["provenance"]["dataset"]
+
+
+def test_a_run_under_masks_keeps_what_it_samples_with(scene_run: Run, scene_store: Store) -> None:
+    kept, facts = scene_run.kept_guidance(), open_run(scene_run.path).facts
+    boxes = facts.column == "boxes-k2"
+    assert (facts.num_clusters, facts.spatial_channels) == (2, 1 if boxes else 2)
+    assert facts.label_column == ("k2" if boxes else "masks2")
+    assert ("centroids" in scene_run.features()) == boxes
+    np.testing.assert_array_equal(kept.guidance.masks, scene_store.column(facts.column)[kept.rows])
+    assert kept.sample == 24 and sum(facts.histogram) >= 24
+    assert build_network(scene_run.config.model, facts).spatial_channels == facts.spatial_channels
+    assert f"column {facts.column}: {'LOST' if boxes else 'STEGO'}, K=2, masks of" in facts.describe()
+
+
+def test_several_labels_are_kept_without_masks(scene_store: Store, tiny_config: Config, tmp_path: Path) -> None:
+    store = copy.copy(scene_store)
+    labels = np.eye(3, dtype=np.uint8)[np.arange(24) % 3] | np.array([1, 0, 0], np.uint8)
+    record = {"kind": "label", "provenance": {"algorithm": "ground truth", "num_clusters": 3}}
+    store.manifest = {**store.manifest, "columns": {"several": record}}
+    store.column = lambda name: labels  # type: ignore[method-assign]
+    tiny_config.annotate.column = "several"
+    kept = resume_or_create(tmp_path / "run", tiny_config, store).kept_guidance()
+    assert kept.guidance.masks is None
+    np.testing.assert_array_equal(kept.guidance.labels, labels[kept.rows])
+
+
+def test_clusters_need_no_kept_guidance(run: Run) -> None:
+    assert not run.keeps_guidance and run.facts.spatial_channels == 0 and run.facts.label_column == "k3"
+
+
+def test_an_unguided_run_on_a_column_of_masks(scene_store: Store, tiny_config: Config, tmp_path: Path) -> None:
+    tiny_config.annotate.column, tiny_config.model.guided = "masks2", False
+    network = build_network(tiny_config.model, resume_or_create(tmp_path / "run", tiny_config, scene_store).facts)
+    assert (network.num_clusters, network.spatial_channels) == (0, 0)
 
 
 def test_too_many_levels_are_refused(run: Run, tiny_config: Config) -> None:
