@@ -6,9 +6,122 @@ Used at every normalisation of the UNet. Source: Wu & He (2018); the modulation 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ldm_sg.ops import extension
+from ldm_sg.ops.table import FLOATS, Row, anything, choose
+
+
+def group_norm_silu_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> Tensor:
+    """The definition, in plain torch; arguments as for `group_norm_silu`."""
+    y = F.group_norm(x, groups, weight, bias, eps)
+    if scale is not None and shift is not None:
+        y = torch.addcmul(shift[:, :, None, None], y, 1 + scale[:, :, None, None])
+    return (F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y).to(x.dtype)
+
+
+torch.library.define(
+    "ldm_sg::group_norm_silu",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, float eps, bool silu)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",  # x contiguous or channels-last; mean, rstd (B, groups) float32
+)
+
+
+@torch.library.register_fake("ldm_sg::group_norm_silu")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty(x.shape[0], groups, dtype=torch.float32)
+    return torch.empty_like(x), mean, torch.empty_like(mean)
+
+
+torch.library.define(
+    "ldm_sg::group_norm_silu_backward",
+    "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift,"
+    " int groups, bool silu) -> (Tensor dx, Tensor s1, Tensor s2)",  # dy as x; s1, s2 (B, C) float32, see _gradients
+)
+
+
+@torch.library.register_fake("ldm_sg::group_norm_silu_backward")
+def _(dy: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    s1 = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return torch.empty_like(x), s1, torch.empty_like(s1)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, scale, shift, ctx.groups, _, ctx.silu = inputs
+    ctx.save_for_backward(x, *output[1:], weight, bias, scale, shift)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradients(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    """Every gradient, from s1 = sum dz and s2 = sum dz xhat over a channel's pixels; docs/kernels.md."""
+    x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
+    dy = dy.contiguous(memory_format=_layout(x))
+    dx, s1, s2 = torch.ops.ldm_sg.group_norm_silu_backward(
+        dy, x, mean, rstd, weight, bias, scale, shift, ctx.groups, ctx.silu
+    )
+    dscale = dshift = None
+    dweight, dbias = s2, s1
+    if scale is not None:
+        gain = 1 + scale.float()
+        dweight, dbias = s2 * gain, s1 * gain
+        dscale, dshift = (s2 * weight + s1 * bias).to(scale.dtype), s1.to(shift.dtype)
+    return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), dscale, dshift, None, None, None
+
+
+def _no_second(*_: object) -> None:
+    raise NotImplementedError("group_norm_silu has no second derivative here: use float64, which plain torch computes")
+
+
+torch.library.register_autograd("ldm_sg::group_norm_silu", _gradients, setup_context=_save)
+torch.library.register_autograd("ldm_sg::group_norm_silu_backward", _no_second)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Give `x` contiguous or channels-last, itself where it is."""
+    return x.contiguous(memory_format=_layout(x))
+
+
+def _fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> Tensor:
+    return torch.ops.ldm_sg.group_norm_silu(_dense(x), weight, bias, scale, shift, groups, eps, silu)[0]
+
+
+def _is_map(x: Tensor, *_: object) -> bool:
+    return x.dim() == 4
+
+
+TABLE = (
+    Row("cpu", FLOATS, "(B, C, H, W)", _is_map, "csrc/cpu/group_norm_silu.cpp", _fused, extension.missing("cpu")),
+    Row("any", None, "all else", anything, "plain torch", group_norm_silu_reference),
+)
 
 
 def group_norm_silu(
@@ -32,13 +145,13 @@ def group_norm_silu(
         eps: added to the variance.
         silu: whether to end with SiLU.
     Returns:
-        (B, C, H, W) in the dtype that torch's autocast gives a group norm.
+        (B, C, H, W) in the dtype of `x`, also under autocast; statistics are float32 or wider.
     Raises:
-        RuntimeError: (torch) if `groups` does not divide C.
+        ValueError: if `groups` does not divide C.
     Source: Wu & He (2018), eq. 1 and 2.
     """
     assert (scale is None) == (shift is None), "scale and shift come together"
-    y = F.group_norm(x, groups, weight, bias, eps)
-    if scale is not None and shift is not None:
-        y = torch.addcmul(shift[:, :, None, None], y, 1 + scale[:, :, None, None])
-    return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
+    if x.shape[1] % groups:
+        raise ValueError(f"got {x.shape[1]} channels and {groups} groups, expected groups to divide the channels")
+    arguments = (x, weight, bias, scale, shift, groups, eps, silu)
+    return choose(TABLE, *arguments)(*arguments)
