@@ -21,12 +21,16 @@ lint: setup
 bench: setup
 	for bench in benchmarks/bench_*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$bench || exit 1; done
 
-setup: .venv/installed
+setup: .venv/kernels
 
 .venv/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --progress-bar on -e ".[$(FAISS),train,eval,demo,dev]"
 	touch $@
 
+.venv/kernels: .venv/installed $(wildcard csrc/*/*)
+	$(BIN)/python setup.py build_ext --inplace
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info ldm_sg/ops/*.so

@@ -90,5 +90,5 @@ def test_layout_is_kept() -> None:
 
 def test_groups_that_do_not_divide_are_refused() -> None:
     x, weight, bias, *_ = inputs()
-    with pytest.raises(RuntimeError, match="divisible"):
+    with pytest.raises(ValueError, match="expected groups to divide"):
         group_norm_silu(x, weight, bias, groups=4)

@@ -1,0 +1,46 @@
+// Rows shared among torch's threads, and tensors taken apart. LibTorch stable ABI, target 2.11.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <vector>
+
+#include "vector.h"
+
+namespace ldm_sg {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Call f(i) for i in [0, count), each thread a run of them.
+template <class F>
+void parallel_rows(int64_t count, const F& f) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// Call f(T{}) with the C++ type of a dtype.
+template <class F>
+void with_type(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Float) return f(float{});
+  if (dtype == ScalarType::BFloat16) return f(BFloat16{});
+  if (dtype == ScalarType::Half) return f(Half{});
+  STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.data_ptr());
+}
+
+template <class T>
+T* mutable_data(Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+}  // namespace ldm_sg

@@ -1,0 +1,129 @@
+// Vectors of float as wide as the target of this compilation, and the 16-bit types in memory beside them.
+//
+// setup.py compiles every file of csrc/cpu once per instruction set, each into a shared object of its own, and
+// ldm_sg/ops/extension.py loads the one that this CPU runs: no file here chooses at run time.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace ldm_sg {
+
+#if defined(__AVX512F__)
+inline constexpr int LANES = 16;
+#else
+inline constexpr int LANES = 8;
+#endif
+
+using Vec = float __attribute__((vector_size(4 * LANES)));
+using VecI = int32_t __attribute__((vector_size(4 * LANES)));
+using VecU = uint32_t __attribute__((vector_size(4 * LANES)));
+using VecD = double __attribute__((vector_size(8 * LANES)));
+using VecH = uint16_t __attribute__((vector_size(2 * LANES)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+inline Vec splat(float value) { return Vec{} + value; }
+
+inline Vec to_float(VecH bits, BFloat16) { return std::bit_cast<Vec>(__builtin_convertvector(bits, VecU) << 16); }
+
+inline VecH from_float(Vec v, BFloat16) {  // to nearest, ties to even
+  VecU bits = std::bit_cast<VecU>(v);
+  VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : VecU{} + 0x7fc0u, VecH);
+}
+
+inline Vec to_float(VecH bits, Half) {
+#if defined(__AVX512F__)
+  return std::bit_cast<Vec>(_mm512_cvtph_ps(std::bit_cast<__m256i>(bits)));
+#elif defined(__F16C__)
+  return std::bit_cast<Vec>(_mm256_cvtph_ps(std::bit_cast<__m128i>(bits)));
+#else
+  Vec v{};
+  for (int i = 0; i < LANES; ++i) v[i] = static_cast<float>(std::bit_cast<_Float16>(static_cast<uint16_t>(bits[i])));
+  return v;
+#endif
+}
+
+inline VecH from_float(Vec v, Half) {
+#if defined(__AVX512F__)
+  return std::bit_cast<VecH>(_mm512_cvtps_ph(std::bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return std::bit_cast<VecH>(_mm256_cvtps_ph(std::bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  VecH bits{};
+  for (int i = 0; i < LANES; ++i) bits[i] = std::bit_cast<uint16_t>(static_cast<_Float16>(v[i]));
+  return bits;
+#endif
+}
+
+// The first `count` elements at p, the other lanes 0.
+template <class T>
+inline Vec load(const T* p, int count = LANES) {
+  if constexpr (sizeof(T) == 4) {
+    Vec v{};
+    std::memcpy(&v, p, count == LANES ? sizeof v : count * sizeof(T));
+    return v;
+  } else {
+    VecH bits{};
+    std::memcpy(&bits, p, count == LANES ? sizeof bits : count * sizeof(T));
+    return to_float(bits, T{});
+  }
+}
+
+template <class T>
+inline void store(T* p, Vec v, int count = LANES) {
+  if constexpr (sizeof(T) == 4) {
+    std::memcpy(p, &v, count == LANES ? sizeof v : count * sizeof(T));
+  } else {
+    VecH bits = from_float(v, T{});
+    std::memcpy(p, &bits, count == LANES ? sizeof bits : count * sizeof(T));
+  }
+}
+
+inline float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < LANES; ++i) total += v[i];
+  return total;
+}
+
+inline float max(Vec v) {
+  float most = v[0];
+  for (int i = 1; i < LANES; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+// e^v for v in [-87, 88], held at the ends of that range outside it; NaN stays NaN.
+//
+// e^v = 2^n e^r with n = round(v / ln 2); e^r by its Taylor polynomial of degree 6 on |r| <= 0.347: a relative error
+// of 1.2e-7 before rounding.
+inline Vec exp(Vec v) {
+  v = v < -87.0f ? splat(-87.0f) : v;
+  v = v > 88.0f ? splat(88.0f) : v;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  Vec shifted = v * 1.44269504f + magic;
+  VecI n = std::bit_cast<VecI>(shifted) << 23;
+  Vec whole = shifted - magic;
+  Vec r = v - whole * 0.693359375f;  // ln 2 in two parts, the first exact in few bits
+  r = r + whole * 2.12194440e-4f;
+  Vec p = r * (1.0f / 720) + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return std::bit_cast<Vec>(std::bit_cast<VecI>(p) + n);
+}
+
+inline Vec sigmoid(Vec v) { return 1.0f / (1.0f + exp(-v)); }
+
+}  // namespace ldm_sg

@@ -1,0 +1,11 @@
+"""Print which implementation serves which tensors on this machine: python -m ldm_sg.ops"""
+
+from __future__ import annotations
+
+from ldm_sg.ops.group_norm_silu import TABLE as GROUP_NORM_SILU
+from ldm_sg.ops.table import describe
+
+TABLES = {"group_norm_silu": GROUP_NORM_SILU}
+
+if __name__ == "__main__":
+    print("\n\n".join(describe(name, table) for name, table in TABLES.items()))

@@ -1,0 +1,38 @@
+"""The compiled implementations: csrc/ as shared objects in this folder, loaded where they exist.
+
+One object per instruction set and one for CUDA (setup.py builds them). Loading registers their functions with torch's
+dispatcher; a part that is absent is no error, and `missing` says why it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+BUILD = "python setup.py build_ext --inplace"
+
+
+def _cpu_part() -> str:
+    """Name the build for this CPU; ATEN_CPU_CAPABILITY=avx2 makes torch, and so us, take a narrower one."""
+    return {"AVX512": "cpu_avx512", "AVX2": "cpu_avx2"}.get(torch.backends.cpu.get_cpu_capability(), "cpu_default")
+
+
+def _load(part: str) -> str:
+    """Load a part; say what is in the way, or nothing."""
+    path = Path(__file__).with_name(f"_{part}.so")
+    if not path.exists():
+        return f"{path.name} is not built: {BUILD}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return ""
+
+
+_MISSING = {"cpu": _load(_cpu_part()), "cuda": _load("cuda")}
+
+
+def missing(device: str) -> str:
+    """Say why there is no compiled code for a device type ("cpu" or "cuda"); "" where there is."""
+    return _MISSING[device]
