@@ -1,0 +1,35 @@
+"""Ways to check GPU kernels where there is no GPU: Triton's interpreter, and compilation ahead of time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import runpy
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """Call a module-level function in a process where Triton interprets its kernels: interpreted(function, *args).
+
+    It has to be another process, since Triton reads TRITON_INTERPRET when it is imported. Arguments and results are
+    pickled; tensors are CPU tensors. bf16: the interpreter truncates instead of rounding; upcast every load.
+    """
+    pytest.importorskip("triton", reason="torch brings no triton on this platform")
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        patch.setenv("TRITON_INTERPRET", "1")  # inherited when the first call starts the process
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+
+
+@pytest.fixture(scope="session")
+def ahead_of_time(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """The functions of tests/ops/ahead_of_time.py, with a compilation cache of the session's own."""
+    pytest.importorskip("triton", reason="torch brings no triton on this platform")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "ahead_of_time.py")))
