@@ -22,8 +22,11 @@ CPU_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-f
 X86 = platform.machine() in ("x86_64", "AMD64")
 CPU = {"avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4"} if X86 else {"default": ""}
 CUDA_ARCHITECTURES = ("80", "90", "100")
-PARTS = [Extension(f"ldm_sg.ops._cpu_{name}", sorted(map(str, Path("csrc/cpu").glob("*.cpp")))) for name in CPU]
-PARTS += [Extension("ldm_sg.ops._cuda", sorted(map(str, Path("csrc/cuda").glob("*.cu"))))]
+
+
+def files(pattern: str) -> list[str]:
+    """List files of csrc/."""
+    return sorted(map(str, Path("csrc").glob(pattern)))
 
 
 def torch_folder() -> Path:
@@ -81,6 +84,6 @@ class BuildParts(build_ext):
         print(f"built {target}\n{done.stderr}".rstrip(), flush=True)
 
 
-for part in PARTS:
-    part.optional = True
-setup(ext_modules=PARTS, cmdclass={"build_ext": BuildParts})
+sources = {f"cpu_{name}": files("cpu/*.cpp") for name in CPU} | {"cuda": files("cuda/*.cu")}
+parts = [Extension(f"ldm_sg.ops._{p}", s, depends=files("*/*.h"), optional=True) for p, s in sources.items()]
+setup(ext_modules=parts, cmdclass={"build_ext": BuildParts})

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 namespace ldm_sg {
 namespace {
@@ -56,14 +57,6 @@ void for_blocks(const Shape& shape, int64_t first, int64_t count, const F& f) {
   }
 }
 
-// Call f(column, lanes) along a row.
-template <class F>
-inline void for_vectors(int64_t columns, const F& f) {
-  int64_t c = 0;
-  for (; c + LANES <= columns; c += LANES) f(c, LANES);
-  if (c < columns) f(c, static_cast<int>(columns - c));
-}
-
 inline void add(double* total, Vec v, int lanes) {
   for (int i = 0; i < lanes; ++i) total[i] += v[i];
 }
@@ -73,16 +66,21 @@ template <class T>
 void moments(const T* x, const Block& k, const float* shift, double* s1, double* s2) {
   for (int64_t row = 0; row < k.rows; row += CHUNK) {
     const int64_t end = std::min(k.rows, row + CHUNK);
-    for_vectors(k.columns, [&](int64_t c, int lanes) {
+    for_vectors(k.columns, [&](int64_t c, auto lanes) {
       const Vec centre = load(shift + c);
-      Vec first{}, second{};
-      for (int64_t r = row; r < end; ++r) {
+      Vec first[4] = {}, second[4] = {};  // four rows at once, as an addition takes several cycles
+      const auto step = [&](int64_t r, int i) {
         const Vec d = load(x + r * k.stride + c, lanes) - centre;
-        first += d;
-        second += d * d;
+        first[i] += d;
+        second[i] += d * d;
+      };
+      int64_t r = row;
+      for (; r + 4 <= end; r += 4) {
+        for (int i = 0; i < 4; ++i) step(r + i, i);
       }
-      add(s1 + c, first, lanes);
-      add(s2 + c, second, lanes);
+      for (; r < end; ++r) step(r, 0);
+      add(s1 + c, (first[0] + first[1]) + (first[2] + first[3]), lanes);
+      add(s2 + c, (second[0] + second[1]) + (second[2] + second[3]), lanes);
     });
   }
 }
@@ -91,10 +89,52 @@ template <class T, bool SILU>
 void apply(const T* x, T* y, const Block& k, const Columns& of) {
   const auto [mean, gain, offset, _] = of.values;
   for (int64_t r = 0; r < k.rows; ++r) {
-    for_vectors(k.columns, [&](int64_t c, int lanes) {
+    for_vectors(k.columns, [&](int64_t c, auto lanes) {
       const int64_t i = r * k.stride + c;
       const Vec z = (load(x + i, lanes) - load(mean + c)) * load(gain + c) + load(offset + c);
-      store(y + i, SILU ? z * sigmoid(z) : z, lanes);
+      store(y + i, SILU ? silu(z) : z, lanes);
+    });
+  }
+}
+
+// z of the forward again, dz = dy silu'(z) kept, and each column's sums of dz and dz xhat added.
+template <class T, bool SILU>
+void grad_sums(const T* x, const T* dy, float* dz, int64_t dz_stride, const Block& k, const Columns& of, double* s1,
+               double* s2) {
+  const auto [means, rstds, gains, offsets] = of.values;
+  for (int64_t row = 0; row < k.rows; row += CHUNK) {
+    const int64_t end = std::min(k.rows, row + CHUNK);
+    for_vectors(k.columns, [&](int64_t c, auto lanes) {
+      const Vec mean = load(means + c), rstd = load(rstds + c), gain = load(gains + c), offset = load(offsets + c);
+      Vec first{}, second{};
+      for (int64_t r = row; r < end; ++r) {
+        const int64_t i = r * k.stride + c;
+        const Vec xhat = (load(x + i, lanes) - mean) * rstd;
+        Vec d = load(dy + i, lanes);
+        if constexpr (SILU) {
+          const Vec z = xhat * gain + offset, s = sigmoid(z);
+          d *= s + z * s * (1.0f - s);
+        }
+        store(dz + r * dz_stride + c, d, lanes);
+        first += d;
+        second += d * xhat;
+      }
+      add(s1 + c, first, lanes);
+      add(s2 + c, second, lanes);
+    });
+  }
+}
+
+// dx = rstd (gain dz - mean(gain dz) - xhat mean(gain dz xhat)), its factors per column; dz may be dx.
+template <class T>
+void grad_apply(const T* x, const float* dz, int64_t dz_stride, T* dx, const Block& k, const Columns& of) {
+  const auto [mean, of_dz, constant, of_x] = of.values;
+  for (int64_t r = 0; r < k.rows; ++r) {
+    for_vectors(k.columns, [&](int64_t c, auto lanes) {
+      const int64_t i = r * k.stride + c;
+      const Vec centred = load(x + i, lanes) - load(mean + c);
+      const Vec d = load(dz + r * dz_stride + c, lanes);
+      store(dx + i, d * load(of_dz + c) - load(constant + c) - centred * load(of_x + c), lanes);
     });
   }
 }
@@ -116,9 +156,13 @@ void sum_columns(const Shape& shape, int64_t first, int64_t count, Sums& sums, c
   });
 }
 
+struct Statistics {
+  std::vector<double> mean, rstd;  // per group of the task
+};
+
 // Mean and 1 / sqrt(variance + eps) of the task's groups: channels' moments about a value of their own, joined.
 template <class T>
-void statistics(const Shape& shape, const T* x, int64_t first, int64_t count, float eps, float* mean, float* rstd) {
+Statistics statistics(const Shape& shape, const T* x, int64_t first, int64_t count, double eps) {
   const int64_t width = shape.width(), pixels = shape.pixels;
   Numbers shift = numbers(count);
   for (int64_t c = 0; c < count; ++c) {
@@ -129,17 +173,20 @@ void statistics(const Shape& shape, const T* x, int64_t first, int64_t count, fl
     const Columns of(shape.channels_last, channel, {shift.data()});
     moments(x + k.offset, k, of.values[0], s1, s2);
   });
-  for (int64_t g = 0; g * width < count; ++g) {
-    double centre = 0, square = 0;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) centre += shift[c] + sums.first[c] / pixels;
-    centre /= width;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      const double apart = shift[c] + sums.first[c] / pixels - centre;
-      square += sums.second[c] - sums.first[c] * sums.first[c] / pixels + pixels * apart * apart;
+  const double per = 1.0 / static_cast<double>(pixels);
+  Statistics found;
+  for (int64_t begin = 0; begin < count; begin += width) {
+    double mean = 0, square = 0;
+    for (int64_t c = begin; c < begin + width; ++c) mean += shift[c] + sums.first[c] * per;
+    mean /= width;
+    for (int64_t c = begin; c < begin + width; ++c) {
+      const double apart = shift[c] + sums.first[c] * per - mean;
+      square += sums.second[c] - sums.first[c] * sums.first[c] * per + pixels * apart * apart;
     }
-    mean[g] = static_cast<float>(centre);
-    rstd[g] = static_cast<float>(1 / std::sqrt(std::max(0.0, square) / (width * pixels) + eps));
+    found.mean.push_back(mean);
+    found.rstd.push_back(1 / std::sqrt((square < 0 ? 0 : square) / (width * pixels) + eps));
   }
+  return found;
 }
 
 // A small tensor as rows of floats; absent ones stand for `otherwise`.
@@ -157,7 +204,7 @@ class Floats {
     with_type(t->scalar_type(), [&](auto type) {
       const auto* from = data<decltype(type)>(*t);
       for (int64_t r = 0; r < rows; ++r) {
-        for_vectors(columns_, [&](int64_t c, int lanes) {
+        for_vectors(columns_, [&](int64_t c, auto lanes) {
           store(copy_.data() + r * columns_ + c, load(from + r * stride + c, lanes), lanes);
         });
       }
@@ -178,8 +225,8 @@ struct Affine {
   Affine(const std::optional<Tensor>& w, const std::optional<Tensor>& b, const std::optional<Tensor>& s,
          const std::optional<Tensor>& t)
       : weight(w, 1), bias(b, 0), scale(s, 0), shift(t, 0) {}
-  float gain(int64_t n, int64_t c) const { return weight(0, c) * (1 + scale(n, c)); }
-  float offset(int64_t n, int64_t c) const { return bias(0, c) * (1 + scale(n, c)) + shift(n, c); }
+  double gain(int64_t n, int64_t c) const { return weight(0, c) * (1.0 + scale(n, c)); }
+  double offset(int64_t n, int64_t c) const { return bias(0, c) * (1.0 + scale(n, c)) + shift(n, c); }
 };
 
 bool is_channels_last(const Tensor& x) {
@@ -214,6 +261,28 @@ void for_tasks(const Shape& shape, const F& f) {
   });
 }
 
+// One task of the forward; means and rstds point at its first group.
+template <class T>
+void forward_task(const Shape& shape, const T* x, T* y, int64_t n, int64_t first, int64_t count, const Affine& affine,
+                  float* means, float* rstds, double eps, bool silu) {
+  const Statistics found = statistics(shape, x, first, count, eps);
+  std::copy(found.mean.begin(), found.mean.end(), means);
+  std::copy(found.rstd.begin(), found.rstd.end(), rstds);
+  Numbers mean = numbers(count), gain = numbers(count), offset = numbers(count);
+  for (int64_t c = 0; c < count; ++c) {
+    const int64_t g = c / shape.width();
+    const double factor = found.rstd[g] * affine.gain(n, first + c);
+    mean[c] = means[g];
+    gain[c] = static_cast<float>(factor);
+    offset[c] = static_cast<float>(affine.offset(n, first + c) + (means[g] - found.mean[g]) * factor);
+  }
+  for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
+    const Columns of(shape.channels_last, channel, {mean.data(), gain.data(), offset.data()});
+    const auto run = silu ? apply<T, true> : apply<T, false>;
+    run(x + k.offset, y + k.offset, k, of);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t groups, double eps, bool silu) {
@@ -225,29 +294,89 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   with_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     for_tasks(shape, [&](int64_t n, int64_t first_group, int64_t count_groups) {
-      const int64_t slab = n * shape.channels * shape.pixels, width = shape.width();
-      const int64_t first = first_group * width, count = count_groups * width;
-      float* means = mutable_data<float>(mean) + n * groups + first_group;
-      float* rstds = mutable_data<float>(rstd) + n * groups + first_group;
-      statistics(shape, data<T>(x) + slab, first, count, static_cast<float>(eps), means, rstds);
-      Numbers centre = numbers(count), gain = numbers(count), offset = numbers(count);
-      for (int64_t c = 0; c < count; ++c) {
-        centre[c] = means[c / width];
-        gain[c] = rstds[c / width] * affine.gain(n, first + c);
-        offset[c] = affine.offset(n, first + c);
-      }
-      for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
-        const Columns of(shape.channels_last, channel, {centre.data(), gain.data(), offset.data()});
-        const T* from = data<T>(x) + slab + k.offset;
-        T* to = mutable_data<T>(y) + slab + k.offset;
-        silu ? apply<T, true>(from, to, k, of) : apply<T, false>(from, to, k, of);
-      });
+      const int64_t slab = n * shape.channels * shape.pixels, first = first_group * shape.width();
+      const int64_t group = n * groups + first_group;
+      forward_task<T>(shape, data<T>(x) + slab, mutable_data<T>(y) + slab, n, first, count_groups * shape.width(),
+                      affine, mutable_data<float>(mean) + group, mutable_data<float>(rstd) + group, eps, silu);
     });
   });
   return {y, mean, rstd};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ldm_sg, CPU, m) { m.impl("group_norm_silu", TORCH_BOX(&forward)); }
+// The gradients of one task; s1, s2, means and rstds point at its first channel and group.
+template <class T>
+void backward_task(const Shape& shape, const T* dy, const T* x, T* dx, int64_t n, int64_t first, int64_t count,
+                   const Affine& affine, const float* means, const float* rstds, float* s1, float* s2, bool silu) {
+  const int64_t width = shape.width(), pixels = shape.pixels;
+  Numbers mean = numbers(count), rstd = numbers(count), gain = numbers(count), offset = numbers(count);
+  for (int64_t c = 0; c < count; ++c) {
+    mean[c] = means[c / width], rstd[c] = rstds[c / width];
+    gain[c] = static_cast<float>(affine.gain(n, first + c));
+    offset[c] = static_cast<float>(affine.offset(n, first + c));
+  }
+  std::vector<float> kept(std::is_same_v<T, float> ? 0 : count * pixels);  // float32 needs none: dz lies in dx
+  const int64_t kept_stride = std::is_same_v<T, float> && shape.channels_last ? shape.channels
+                              : shape.channels_last                          ? count
+                                                                             : FOLD;
+  const auto dz = [&](const Block& k) {
+    if constexpr (std::is_same_v<T, float>) return dx + k.offset;
+    else return kept.data() + (shape.channels_last ? 0 : k.offset - first * pixels);
+  };
+  Sums sums(count);
+  sum_columns(shape, first, count, sums, [&](const Block& k, int64_t channel, double* first_sum, double* second_sum) {
+    const Columns of(shape.channels_last, channel, {mean.data(), rstd.data(), gain.data(), offset.data()});
+    const auto run = silu ? grad_sums<T, true> : grad_sums<T, false>;
+    run(x + k.offset, dy + k.offset, dz(k), kept_stride, k, of, first_sum, second_sum);
+  });
+  Numbers of_dz = numbers(count), constant = numbers(count), of_x = numbers(count);
+  for (int64_t g = 0; g * width < count; ++g) {
+    double m1 = 0, m2 = 0;
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+      s1[c] = static_cast<float>(sums.first[c]), s2[c] = static_cast<float>(sums.second[c]);
+      m1 += gain[c] * sums.first[c], m2 += gain[c] * sums.second[c];
+    }
+    const double scale = rstds[g] / static_cast<double>(width * pixels);
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+      of_dz[c] = gain[c] * rstds[g];
+      constant[c] = static_cast<float>(m1 * scale), of_x[c] = static_cast<float>(m2 * scale * rstds[g]);
+    }
+  }
+  for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
+    const Columns of(shape.channels_last, channel, {mean.data(), of_dz.data(), constant.data(), of_x.data()});
+    grad_apply<T>(x + k.offset, dz(k), kept_stride, dx + k.offset, k, of);
+  });
+}
+
+// The gradient of x, and s1 = sum of dz, s2 = sum of dz xhat over each sample's and channel's pixels.
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+    int64_t groups, bool silu) {
+  const Shape shape = shape_of(x, groups);
+  STD_TORCH_CHECK(is_channels_last(dy) == shape.channels_last && (shape.channels_last || dy.is_contiguous()),
+                  "expected dy in the layout of x");
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "expected dy in the dtype of x");
+  const Affine affine(weight, bias, scale, shift);
+  Tensor dx = torch::stable::empty_like(x);
+  const std::vector<int64_t> size = {shape.batch, shape.channels};
+  Tensor s1 = torch::stable::new_empty(x, size, ScalarType::Float), s2 = torch::stable::empty_like(s1);
+  with_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    for_tasks(shape, [&](int64_t n, int64_t first_group, int64_t count_groups) {
+      const int64_t slab = n * shape.channels * shape.pixels, first = first_group * shape.width();
+      const int64_t group = n * groups + first_group, channel = n * shape.channels + first;
+      backward_task<T>(shape, data<T>(dy) + slab, data<T>(x) + slab, mutable_data<T>(dx) + slab, n, first,
+                       count_groups * shape.width(), affine, data<float>(mean) + group, data<float>(rstd) + group,
+                       mutable_data<float>(s1) + channel, mutable_data<float>(s2) + channel, silu);
+    });
+  });
+  return {dx, s1, s2};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ldm_sg, CPU, m) {
+  m.impl("group_norm_silu", TORCH_BOX(&forward));
+  m.impl("group_norm_silu_backward", TORCH_BOX(&backward));
+}
 
 }  // namespace
 }  // namespace ldm_sg

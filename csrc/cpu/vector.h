@@ -7,6 +7,8 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -68,7 +70,7 @@ inline VecH from_float(Vec v, Half) {
 
 // The first `count` elements at p, the other lanes 0.
 template <class T>
-inline Vec load(const T* p, int count = LANES) {
+[[gnu::always_inline]] inline Vec load(const T* p, int count = LANES) {
   if constexpr (sizeof(T) == 4) {
     Vec v{};
     std::memcpy(&v, p, count == LANES ? sizeof v : count * sizeof(T));
@@ -81,13 +83,21 @@ inline Vec load(const T* p, int count = LANES) {
 }
 
 template <class T>
-inline void store(T* p, Vec v, int count = LANES) {
+[[gnu::always_inline]] inline void store(T* p, Vec v, int count = LANES) {
   if constexpr (sizeof(T) == 4) {
     std::memcpy(p, &v, count == LANES ? sizeof v : count * sizeof(T));
   } else {
     VecH bits = from_float(v, T{});
     std::memcpy(p, &bits, count == LANES ? sizeof bits : count * sizeof(T));
   }
+}
+
+// Call f(i, lanes) along `count` elements: i steps by LANES, and `lanes` is a constant but for the last call.
+template <class F>
+[[gnu::always_inline]] inline void for_vectors(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) f(i, std::integral_constant<int, LANES>{});
+  if (i < count) f(i, static_cast<int>(count - i));
 }
 
 inline float sum(Vec v) {
@@ -102,13 +112,13 @@ inline float max(Vec v) {
   return most;
 }
 
-// e^v for v in [-87, 88], held at the ends of that range outside it; NaN stays NaN.
+// e^v; below -87 it stays e^-87, above 88 it is infinite; NaN stays NaN.
 //
 // e^v = 2^n e^r with n = round(v / ln 2); e^r by its Taylor polynomial of degree 6 on |r| <= 0.347: a relative error
 // of 1.2e-7 before rounding.
 inline Vec exp(Vec v) {
+  const VecI above = v > 88.0f;
   v = v < -87.0f ? splat(-87.0f) : v;
-  v = v > 88.0f ? splat(88.0f) : v;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   Vec shifted = v * 1.44269504f + magic;
   VecI n = std::bit_cast<VecI>(shifted) << 23;
@@ -121,9 +131,10 @@ inline Vec exp(Vec v) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return std::bit_cast<Vec>(std::bit_cast<VecI>(p) + n);
+  return above ? splat(std::numeric_limits<float>::infinity()) : std::bit_cast<Vec>(std::bit_cast<VecI>(p) + n);
 }
 
 inline Vec sigmoid(Vec v) { return 1.0f / (1.0f + exp(-v)); }
+inline Vec silu(Vec v) { return v / (1.0f + exp(-v)); }
 
 }  // namespace ldm_sg

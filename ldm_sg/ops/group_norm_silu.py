@@ -44,9 +44,56 @@ def _(x: Tensor, weight, bias, scale, shift, groups: int, eps: float, silu: bool
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
+torch.library.define(
+    "ldm_sg::group_norm_silu_backward",
+    "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift,"
+    " int groups, bool silu) -> (Tensor dx, Tensor s1, Tensor s2)",  # dy as x; s1, s2 (B, C) float32, see _gradients
+)
+
+
+@torch.library.register_fake("ldm_sg::group_norm_silu_backward")
+def _(dy: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    s1 = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return torch.empty_like(x), s1, torch.empty_like(s1)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, scale, shift, ctx.groups, _, ctx.silu = inputs
+    ctx.save_for_backward(x, *output[1:], weight, bias, scale, shift)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradients(ctx, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    """Every gradient from s1 = sum dz and s2 = sum dz xhat over a channel's pixels, z = xhat w (1 + s) + b (1 + s) + t."""
+    x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
+    dy = dy.contiguous(memory_format=_layout(x))
+    dx, s1, s2 = torch.ops.ldm_sg.group_norm_silu_backward(
+        dy, x, mean, rstd, weight, bias, scale, shift, ctx.groups, ctx.silu
+    )
+    dscale = dshift = None
+    dweight, dbias = s2, s1
+    if scale is not None:
+        dweight, dbias = s2 * (1 + scale), s1 * (1 + scale)
+        dscale, dshift = (s2 * weight + s1 * bias).to(scale.dtype), s1.to(shift.dtype)
+    return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), dscale, dshift, None, None, None
+
+
+def _no_second(*_: object) -> None:
+    raise NotImplementedError("group_norm_silu has no second derivative here: use float64, which plain torch computes")
+
+
+torch.library.register_autograd("ldm_sg::group_norm_silu", _gradients, setup_context=_save)
+torch.library.register_autograd("ldm_sg::group_norm_silu_backward", _no_second)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def _dense(x: Tensor) -> Tensor:
     """Give `x` contiguous or channels-last, itself where it is."""
-    return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+    return x.contiguous(memory_format=_layout(x))
 
 
 def _fused(
@@ -63,7 +110,7 @@ def _fused(
 
 
 def _is_map(x: Tensor, *_: object) -> bool:
-    return x.dim() == 4 and not torch.is_grad_enabled()  # the backward follows
+    return x.dim() == 4
 
 
 TABLE = (

@@ -1,14 +1,30 @@
-"""group_norm_silu: the formula in float64, its gradient, its layout, and that it owns what it overwrites."""
+"""group_norm_silu: the formula in float64, and the kernel of this machine's CPU against it."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from ldm_sg.ops import group_norm_silu
+from ldm_sg.ops import extension, group_norm_silu
+from ldm_sg.ops.group_norm_silu import TABLE, group_norm_silu_reference
+from ldm_sg.ops.table import choose
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+CASES = {  # (B, C, H, W), groups
+    "elpv": ((2, 192, 16, 16), 2),
+    "32 groups": ((2, 128, 8, 8), 32),
+    "wide groups of a small map": ((1, 384, 4, 4), 1),
+    "odd": ((3, 33, 7, 5), 11),
+    "one channel per group": ((2, 7, 9, 3), 7),
+    "one pixel": ((2, 40, 1, 1), 8),
+    "more pixels than a chunk": ((1, 6, 37, 41), 2),
+}
+kernel = pytest.mark.skipif(bool(extension.missing("cpu")), reason=extension.missing("cpu") or "it is here")
 
 
 def inputs(shape: tuple[int, ...] = (2, 6, 4, 5), dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -92,3 +108,222 @@ def test_groups_that_do_not_divide_are_refused() -> None:
     x, weight, bias, *_ = inputs()
     with pytest.raises(ValueError, match="expected groups to divide"):
         group_norm_silu(x, weight, bias, groups=4)
+
+
+def dtype_id(value: object) -> str:
+    return str(value).removeprefix("torch.").removesuffix("_format")
+
+
+def typed(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, modulated: bool = True
+) -> list[Tensor | None]:
+    """x, weight, bias, scale, shift; the modulation as ResBlock gives it, two halves of one projection."""
+    x, weight, bias, scale, shift = [t.to(dtype) for t in inputs(shape)]
+    scale, shift = torch.cat([scale, shift], 1).chunk(2, 1)
+    return [x.contiguous(memory_format=layout), weight, bias, *((scale, shift) if modulated else (None, None))]
+
+
+def double(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact).abs().max()) if got.numel() else 0.0
+
+
+def gradients(
+    run: Callable[..., Tensor], tensors: list[Tensor | None], dy: Tensor, *rest: object
+) -> list[Tensor]:
+    """Of sum(dy * run(*tensors, *rest)), for each tensor that is there."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    y = run(*leaves, *rest)
+    return list(torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype)))
+
+
+def fused(*arguments: object) -> Tensor:
+    """The public function with the reference's arguments, and a check that the kernel serves them."""
+    assert choose(TABLE, *arguments) is not group_norm_silu_reference
+    *tensors, groups, eps, silu = arguments
+    return group_norm_silu(*tensors, groups=groups, eps=eps, silu=silu)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Every uninitialised tensor is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@kernel
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_errs_as_plain_torch_does(
+    case: str, dtype: torch.dtype, layout: torch.memory_format, modulated: bool, silu: bool
+) -> None:
+    shape, groups = CASES[case]
+    tensors, rest = typed(shape, dtype, layout, modulated), (groups, 1e-5, silu)
+    dy = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = group_norm_silu_reference(*double(tensors), *rest)
+    got, plain = fused(*tensors, *rest), group_norm_silu_reference(*tensors, *rest)
+    assert got.dtype == dtype and got.stride() == tensors[0].stride()
+    ulp = torch.finfo(dtype).eps / 2
+    assert error(got, exact) <= 2 * error(plain, exact) + ulp * float(exact.abs().max())
+
+    exact = gradients(group_norm_silu_reference, double(tensors), dy.double(), *rest)
+    plain = gradients(group_norm_silu_reference, tensors, dy, *rest)
+    got = gradients(fused, tensors, dy, *rest)
+    assert got[0].stride() == tensors[0].stride()
+    for ours, theirs, true in zip(got, plain, exact, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert error(ours, true) <= 3 * error(theirs, true) + ulp * float(true.abs().max())
+
+
+@kernel
+@pytest.mark.parametrize("layout", LAYOUTS, ids=dtype_id)
+def test_kernel_far_off_centre(layout: torch.memory_format) -> None:
+    x, *rest = typed((2, 16, 8, 8), torch.float32, layout)
+    x = x + 1000
+    exact = group_norm_silu_reference(*double([x, *rest]), 4, 1e-5, True)
+    plain = group_norm_silu_reference(x, *rest, 4, 1e-5, True)
+    got = fused(x, *rest, 4, 1e-5, True)
+    assert error(got, exact) <= 2 * error(plain, exact)
+    assert error(got, exact) <= 3e-4  # one ulp of 1000 beside a deviation of 3, times weights of up to 3
+
+
+@kernel
+def test_silu_over_its_whole_range() -> None:
+    z = torch.cat([torch.linspace(-110, 110, 4001), torch.tensor([-1e30, 1e30, 0.0])])
+    x = torch.zeros(1, len(z), 1, 2)
+    got = fused(x, torch.ones(len(z)), z, None, None, 1, 1e-5, True)[0, :, 0, 0]
+    exact = z.double() * torch.sigmoid(z.double())
+    assert error(got[:-3] / z[:-3].clamp(min=1), exact[:-3] / z[:-3].clamp(min=1).double()) <= 3e-7
+    assert got[-3:].tolist() == [0.0, z[-2].item(), 0.0]
+
+
+@kernel
+@pytest.mark.parametrize("layout", LAYOUTS, ids=dtype_id)
+def test_nan_and_infinity_stay_in_their_group(layout: torch.memory_format) -> None:
+    x, *rest = typed((2, 8, 4, 5), torch.float32, layout)
+    clean = fused(x, *rest, 4, 1e-5, True)
+    x[0, 2, 1, 1], x[1, 7, 3, 4] = torch.nan, torch.inf
+    got = fused(x, *rest, 4, 1e-5, True)
+    assert got[0, 2:4].isnan().all() and got[1, 6:].isnan().all()
+    got[0, 2:4], got[1, 6:] = clean[0, 2:4], clean[1, 6:]
+    assert torch.equal(got, clean)
+
+
+@kernel
+@pytest.mark.parametrize("layout", LAYOUTS, ids=dtype_id)
+def test_result_does_not_depend_on_threads_batch_or_layout(layout: torch.memory_format) -> None:
+    tensors, threads = typed((5, 96, 6, 6), torch.float32, layout), torch.get_num_threads()
+    dy = torch.randn(5, 96, 6, 6, generator=torch.Generator().manual_seed(1))
+
+    def everything(some: slice = slice(None)) -> list[Tensor]:
+        x, weight, bias, scale, shift = tensors
+        part = [x[some], weight, bias, scale[some], shift[some]]
+        return [fused(*part, 8, 1e-5, True), *gradients(fused, part, dy[some], 8, 1e-5, True)]
+
+    expected = everything()
+    try:
+        torch.set_num_threads(4)  # one sample is dealt to several
+        assert all(torch.equal(a, b) for a, b in zip(everything(), expected, strict=True))
+        alone = everything(slice(2, 3))
+    finally:
+        torch.set_num_threads(threads)
+    for i in (0, 1, 4, 5):  # y and the gradients of x, scale and shift; the others sum over the batch
+        assert torch.equal(alone[i][0], expected[i][2])
+
+
+@kernel
+def test_strides_of_any_kind() -> None:
+    x, *rest = typed((2, 12, 6, 8), torch.float32, torch.contiguous_format)
+    expected = fused(x, *rest, 3, 1e-5, True)
+    whole = torch.zeros(2, 24, 6, 16)
+    whole[:, ::2, :, ::2] = x
+    for view in (whole[:, ::2, :, ::2], x.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)):
+        assert torch.equal(view, x) and not view.is_contiguous()
+        torch.testing.assert_close(fused(view, *rest, 3, 1e-5, True), expected, rtol=1e-5, atol=1e-5)
+    leaf = x.clone().requires_grad_()
+    fused(leaf, *rest, 3, 1e-5, True).sum().backward()  # its dy has strides of zero
+    exact = gradients(group_norm_silu_reference, double([x, *rest]), torch.ones_like(x).double(), 3, 1e-5, True)[0]
+    torch.testing.assert_close(leaf.grad.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@kernel
+@pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4)])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=dtype_id)
+def test_nothing_in_nothing_out(layout: torch.memory_format, shape: tuple[int, ...]) -> None:
+    tensors = typed(shape, torch.float32, layout)
+    assert fused(*tensors, 4, 1e-5, True).shape == shape
+    got = gradients(fused, tensors, torch.zeros(shape), 4, 1e-5, True)
+    assert [g.shape for g in got] == [t.shape for t in tensors]
+    assert not any(g.any() for g in got)
+
+
+@kernel
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=dtype_id)
+def test_opcheck(layout: torch.memory_format, modulated: bool) -> None:
+    tensors = typed((2, 12, 4, 5), torch.float32, layout, modulated)
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    torch.library.opcheck(torch.ops.ldm_sg.group_norm_silu.default, (*leaves, 3, 1e-5, True))
+    x, *rest = tensors
+    _, mean, rstd = torch.ops.ldm_sg.group_norm_silu(x, *rest, 3, 1e-5, True)
+    torch.library.opcheck(
+        torch.ops.ldm_sg.group_norm_silu_backward.default, (torch.ones_like(x), x, mean, rstd, *rest, 3, True)
+    )
+
+
+@kernel
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own, while it traces
+def test_compiled_and_exported_graphs_hold_the_op() -> None:
+    tensors = typed((2, 12, 4, 5), torch.float32, torch.channels_last)
+    dy = torch.randn(2, 12, 4, 5)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    got, expected = (gradients(f, tensors, dy, 3, 1e-5, True) for f in (compiled, fused))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+    class Module(torch.nn.Module):
+        def forward(self, *given: Tensor) -> Tensor:
+            return group_norm_silu(*given, groups=3)
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    dynamic = {"given": ({0: batch}, None, None, {0: batch}, {0: batch})}
+    exported = torch.export.export(Module(), tuple(tensors), dynamic_shapes=dynamic)
+    assert [n.target for n in exported.graph.nodes].count(torch.ops.ldm_sg.group_norm_silu.default) == 1
+    more = typed((5, 12, 4, 5), torch.float32, torch.channels_last)
+    assert torch.equal(exported.module()(*more), fused(*more, 3, 1e-5, True))
+
+
+@kernel
+def test_autocast_keeps_the_dtype_of_x() -> None:
+    x, weight, bias, scale, shift = typed((2, 12, 4, 5), torch.bfloat16, torch.channels_last)
+    expected = fused(x, weight, bias, scale, shift, 3, 1e-5, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fused(x, weight.float(), bias.float(), scale, shift, 3, 1e-5, True), expected)
+        assert fused(x.float(), weight.float(), bias.float(), scale, shift, 3, 1e-5, True).dtype == torch.float32
+
+
+@kernel
+def test_second_derivative_is_refused() -> None:
+    x, *rest = typed((2, 12, 4, 5), torch.float32, torch.contiguous_format)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(fused(x, *rest, 3, 1e-5, True).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="float64"):
+        dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"shape": (2, 12, 4)}, {"shape": (2, 12, 2, 3, 4)}])
+def test_reference_serves_the_rest(change: dict[str, object]) -> None:
+    x = torch.randn(change.get("shape", (2, 12, 4, 5)), dtype=change.get("dtype", torch.float32))
+    weight, bias = torch.ones(2, 12, dtype=x.dtype)
+    got = group_norm_silu(x, weight, bias, groups=3)
+    assert choose(TABLE, x, weight, bias, None, None, 3, 1e-5, True) is group_norm_silu_reference
+    assert torch.equal(got, group_norm_silu_reference(x, weight, bias, None, None, 3, 1e-5, True))
