@@ -1,8 +1,10 @@
 """One forward: our UNet, plain and with its guidance folded in, beside diffusers' UNet2DModel.
 
 python benchmarks/bench_unet.py
+python benchmarks/bench_unet.py --networks elpv --batches 1    # a part; the other rows stay as they were
 
-diffusers runs in both memory layouts, and the faster one counts. `ratio` is its time over that of our folded network.
+diffusers runs in both memory layouts, and the faster one counts. `ratio` is its time over that of our folded network;
+mparams and gflops are ours, d_mparams and d_gflops diffusers'.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ def measure(name: str, batch: int, dtype: torch.dtype, rounds: int) -> dict[str,
 
 def main() -> None:
     args = arguments(__doc__.splitlines()[0])
-    cases = [(n, b, d) for n in args.networks for b in args.batches for d in (torch.float32, torch.bfloat16)]
-    report("unet", [measure(*case, args.rounds) for case in cases])
+    cases = [(name, batch, dtype) for name in args.networks for batch in args.batches for dtype in args.dtypes]
+    report("unet", (measure(*case, args.rounds) for case in cases))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Our UNet and diffusers' UNet2DModel of the nearest configuration, and how both are timed."""
+"""Our UNet and diffusers' UNet2DModel of the nearest configuration, and how both are timed.
+
+diffusers' is given our blocks (residual ones that halve and double the maps, scale and shift, the number of groups) and
+an embedding as wide as our concat[t, k].
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import argparse
 import csv
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +19,9 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm_sg.hardware import choose_device, describe
+from ldm_sg.hardware import choose_device, describe, has_fast_bf16
 from ldm_sg.model import BoundUNet, UNet
+from ldm_sg.model.guidance import EMBED_WIDTH
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -28,15 +33,26 @@ class Shape(NamedTuple):
     num_clusters: int
     ours: dict[str, Any]
     attention_levels: tuple[bool, ...]  # where diffusers' has attention, level by level
-    steps: int  # to sample with: as many as take seconds on a CPU
+    steps: int  # to sample with
 
 
 SHAPES = {
     "elpv": Shape(
-        (16, 16, 16), 32, {"base": 96, "multipliers": (1, 1, 2), "num_blocks": 1, "attention": None}, (False,) * 3, 50
+        (16, 16, 16),
+        32,
+        {"base": 96, "multipliers": (1, 1, 2), "num_blocks": 1, "attention": None, "norm_groups": 2},
+        (False,) * 3,
+        20,  # its configuration's
     ),
-    "lsun_church": Shape((4, 32, 32), 100, {"tokens": True}, (False, False, True, True, False), 4),
+    "lsun_church": Shape(
+        (4, 32, 32),
+        100,
+        {"tokens": True},
+        (False, False, True, True, False),
+        4,  # of its configuration's 200: a step takes seconds on a CPU
+    ),
 }
+KEY = ("network", "batch", "dtype")  # of a row
 
 
 def ours(shape: Shape) -> UNet:
@@ -47,15 +63,18 @@ def ours(shape: Shape) -> UNet:
 def theirs(shape: Shape) -> UNet2DModel:
     """Build diffusers' with a class embedding whose last entry is the null class."""
     base, multipliers = shape.ours.get("base", 128), shape.ours.get("multipliers", (1, 2, 2, 3, 4))
-    kinds = ["Attn" if here else "" for here in shape.attention_levels]
+    down = ["AttnDownBlock2D" if here else "ResnetDownsampleBlock2D" for here in shape.attention_levels]
+    up = ["AttnUpBlock2D" if here else "ResnetUpsampleBlock2D" for here in reversed(shape.attention_levels)]
     made = UNet2DModel(
         sample_size=shape.latent[1],
         in_channels=shape.latent[0],
         out_channels=shape.latent[0],
         block_out_channels=tuple(base * m for m in multipliers),
         layers_per_block=shape.ours.get("num_blocks", 2),
-        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
-        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        time_embedding_dim=4 * base + EMBED_WIDTH,
+        norm_num_groups=shape.ours.get("norm_groups", 32),
         downsample_type="resnet",
         upsample_type="resnet",
         resnet_time_scale_shift="scale_shift",
@@ -108,25 +127,41 @@ def bind(network: UNet, guidance: dict[str, Tensor]) -> Callable[[Tensor, Tensor
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """Read what to measure; the defaults are the recorded tables'."""
+    """Read which part to measure; the default is all of it."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--networks", nargs="+", choices=SHAPES, default=list(SHAPES))
     made.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    made.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], help="default: bfloat16 where it is fast")
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--steps", type=int, help="of the sampler; default the network's in SHAPES")
-    return made.parse_args()
+    parsed = made.parse_args()
+    default = ["float32", "bfloat16"] if has_fast_bf16(choose_device()) else ["float32"]
+    parsed.dtypes = [getattr(torch, name) for name in parsed.dtypes or default]
+    return parsed
 
 
-def report(name: str, rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a table and write them to results/<name>_<device>.csv."""
+def report(name: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Print rows as they come and put each into results/<name>_<device>.csv, in place of the last one of its KEY."""
     device = choose_device()
     path = RESULTS / f"{name}_{device.type}.csv"
     print(describe(device), f"torch {torch.__version__}")
-    for row in ({key: key for key in rows[0]}, *rows):
-        print("  ".join(f"{value:>12.4g}" if isinstance(value, float) else f"{value!s:>12}" for value in row.values()))
+    for i, row in enumerate(rows):
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()}
+        shown |= {"threads": str(torch.get_num_threads()), "torch": torch.__version__}
+        if not i:
+            print("  ".join(f"{key:>11}" for key in shown))
+        print("  ".join(f"{value:>11}" for value in shown.values()), flush=True)
+        _replace(path, shown)
+    print(path)
+
+
+def _replace(path: Path, row: dict[str, str]) -> None:
+    kept: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [old for old in csv.DictReader(file) if any(old[k] != row[k] for k in KEY)]
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(file, row, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    print(path)
+        writer.writerows(sorted([*kept, row], key=lambda r: (r["network"], int(r["batch"]), r["dtype"])))

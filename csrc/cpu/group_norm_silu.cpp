@@ -165,7 +165,7 @@ template <class T>
 Statistics statistics(const Shape& shape, const T* x, int64_t first, int64_t count, double eps) {
   const int64_t width = shape.width(), pixels = shape.pixels;
   Numbers shift = numbers(count);
-  for (int64_t c = 0; c < count; ++c) {
+  for (int64_t c = 0; c < count && pixels; ++c) {
     shift[c] = load(x + (first + c) * (shape.channels_last ? 1 : pixels), 1)[0];
   }
   Sums sums(count);
@@ -189,44 +189,43 @@ Statistics statistics(const Shape& shape, const T* x, int64_t first, int64_t cou
   return found;
 }
 
-// A small tensor as rows of floats; absent ones stand for `otherwise`.
+// A small tensor of (columns,) or (rows, columns) as floats; 0 everywhere where it is absent.
 class Floats {
  public:
-  Floats(const std::optional<Tensor>& t, float otherwise) {
-    if (!t) {
-      value_ = otherwise;
-      return;
-    }
-    columns_ = t->size(t->dim() - 1);
-    const int64_t rows = t->dim() == 2 ? t->size(0) : 1, stride = t->dim() == 2 ? t->stride(0) : 0;
-    STD_TORCH_CHECK(columns_ <= 1 || t->stride(t->dim() - 1) == 1, "expected weights and modulation dense in channels");
-    copy_.resize(rows * columns_);
+  Floats(const std::optional<Tensor>& t, int64_t rows, int64_t columns) : columns_(columns) {
+    if (!t) return;
+    const bool is_row = t->dim() == 1;
+    STD_TORCH_CHECK(is_row ? rows == 1 : t->dim() == 2 && t->size(0) == rows, "expected a modulation of (B, C)");
+    STD_TORCH_CHECK(t->size(t->dim() - 1) == columns, "expected one value per channel");
+    STD_TORCH_CHECK(columns <= 1 || t->stride(t->dim() - 1) == 1, "expected channels side by side");
+    copy_.resize(rows * columns);
     with_type(t->scalar_type(), [&](auto type) {
       const auto* from = data<decltype(type)>(*t);
       for (int64_t r = 0; r < rows; ++r) {
-        for_vectors(columns_, [&](int64_t c, auto lanes) {
-          store(copy_.data() + r * columns_ + c, load(from + r * stride + c, lanes), lanes);
+        for_vectors(columns, [&](int64_t c, auto lanes) {
+          store(copy_.data() + r * columns + c, load(from + (is_row ? 0 : r * t->stride(0)) + c, lanes), lanes);
         });
       }
     });
   }
-  float operator()(int64_t row, int64_t column) const {
-    return copy_.empty() ? value_ : copy_[row * columns_ + column];
-  }
+  double operator()(int64_t row, int64_t column) const { return copy_.empty() ? 0 : copy_[row * columns_ + column]; }
 
  private:
+  int64_t columns_;
   std::vector<float> copy_;
-  int64_t columns_ = 0;
-  float value_ = 0;
 };
 
+// z = xhat gain + offset, per sample and channel.
 struct Affine {
   Floats weight, bias, scale, shift;
-  Affine(const std::optional<Tensor>& w, const std::optional<Tensor>& b, const std::optional<Tensor>& s,
+  Affine(const Shape& shape, const Tensor& w, const Tensor& b, const std::optional<Tensor>& s,
          const std::optional<Tensor>& t)
-      : weight(w, 1), bias(b, 0), scale(s, 0), shift(t, 0) {}
-  double gain(int64_t n, int64_t c) const { return weight(0, c) * (1.0 + scale(n, c)); }
-  double offset(int64_t n, int64_t c) const { return bias(0, c) * (1.0 + scale(n, c)) + shift(n, c); }
+      : weight(w, 1, shape.channels),
+        bias(b, 1, shape.channels),
+        scale(s, shape.batch, shape.channels),
+        shift(t, shape.batch, shape.channels) {}
+  double gain(int64_t n, int64_t c) const { return weight(0, c) * (1 + scale(n, c)); }
+  double offset(int64_t n, int64_t c) const { return bias(0, c) * (1 + scale(n, c)) + shift(n, c); }
 };
 
 bool is_channels_last(const Tensor& x) {
@@ -249,12 +248,12 @@ Shape shape_of(const Tensor& x, int64_t groups) {
 // Call f(sample, first group, count of groups), in as many tasks as keep the threads busy.
 template <class F>
 void for_tasks(const Shape& shape, const F& f) {
-  if (shape.batch * shape.channels * shape.pixels == 0) return;
+  if (shape.batch * shape.channels == 0) return;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t line = std::max<int64_t>(1, 32 / shape.width());  // groups that fill two cache lines
   const int64_t most = shape.channels_last ? (shape.groups + line - 1) / line : shape.groups;
   const int64_t parts = std::min(most, (threads + shape.batch - 1) / shape.batch);
-  parallel_rows(shape.batch * parts, [&](int64_t task) {
+  parallel_rows(shape.batch * parts, shape.channels * shape.pixels / parts, [&](int64_t task) {
     const int64_t part = task % parts;
     const int64_t begin = part * shape.groups / parts, end = (part + 1) * shape.groups / parts;
     f(task / parts, begin, end - begin);
@@ -269,12 +268,13 @@ void forward_task(const Shape& shape, const T* x, T* y, int64_t n, int64_t first
   std::copy(found.mean.begin(), found.mean.end(), means);
   std::copy(found.rstd.begin(), found.rstd.end(), rstds);
   Numbers mean = numbers(count), gain = numbers(count), offset = numbers(count);
-  for (int64_t c = 0; c < count; ++c) {
-    const int64_t g = c / shape.width();
-    const double factor = found.rstd[g] * affine.gain(n, first + c);
-    mean[c] = means[g];
-    gain[c] = static_cast<float>(factor);
-    offset[c] = static_cast<float>(affine.offset(n, first + c) + (means[g] - found.mean[g]) * factor);
+  for (int64_t g = 0, c = 0; c < count; ++g) {
+    for (const int64_t end = c + shape.width(); c < end; ++c) {
+      const double factor = found.rstd[g] * affine.gain(n, first + c);
+      mean[c] = means[g];
+      gain[c] = static_cast<float>(factor);
+      offset[c] = static_cast<float>(affine.offset(n, first + c) + (means[g] - found.mean[g]) * factor);
+    }
   }
   for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
     const Columns of(shape.channels_last, channel, {mean.data(), gain.data(), offset.data()});
@@ -284,10 +284,10 @@ void forward_task(const Shape& shape, const T* x, T* y, int64_t n, int64_t first
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(
-    const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t groups, double eps, bool silu) {
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift, int64_t groups, double eps, bool silu) {
   const Shape shape = shape_of(x, groups);
-  const Affine affine(weight, bias, scale, shift);
+  const Affine affine(shape, weight, bias, scale, shift);
   Tensor y = torch::stable::empty_like(x);
   const std::vector<int64_t> size = {shape.batch, groups};
   Tensor mean = torch::stable::new_empty(x, size, ScalarType::Float), rstd = torch::stable::empty_like(mean);
@@ -309,10 +309,12 @@ void backward_task(const Shape& shape, const T* dy, const T* x, T* dx, int64_t n
                    const Affine& affine, const float* means, const float* rstds, float* s1, float* s2, bool silu) {
   const int64_t width = shape.width(), pixels = shape.pixels;
   Numbers mean = numbers(count), rstd = numbers(count), gain = numbers(count), offset = numbers(count);
-  for (int64_t c = 0; c < count; ++c) {
-    mean[c] = means[c / width], rstd[c] = rstds[c / width];
-    gain[c] = static_cast<float>(affine.gain(n, first + c));
-    offset[c] = static_cast<float>(affine.offset(n, first + c));
+  for (int64_t g = 0, c = 0; c < count; ++g) {
+    for (const int64_t end = c + width; c < end; ++c) {
+      mean[c] = means[g], rstd[c] = rstds[g];
+      gain[c] = static_cast<float>(affine.gain(n, first + c));
+      offset[c] = static_cast<float>(affine.offset(n, first + c));
+    }
   }
   std::vector<float> kept(std::is_same_v<T, float> ? 0 : count * pixels);  // float32 needs none: dz lies in dx
   const int64_t kept_stride = std::is_same_v<T, float> && shape.channels_last ? shape.channels
@@ -349,14 +351,13 @@ void backward_task(const Shape& shape, const T* dy, const T* x, T* dx, int64_t n
 
 // The gradient of x, and s1 = sum of dz, s2 = sum of dz xhat over each sample's and channel's pixels.
 std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const std::optional<Tensor>& weight,
-    const std::optional<Tensor>& bias, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-    int64_t groups, bool silu) {
+    const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight, const Tensor& bias,
+    const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t groups, bool silu) {
   const Shape shape = shape_of(x, groups);
   STD_TORCH_CHECK(is_channels_last(dy) == shape.channels_last && (shape.channels_last || dy.is_contiguous()),
                   "expected dy in the layout of x");
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "expected dy in the dtype of x");
-  const Affine affine(weight, bias, scale, shift);
+  const Affine affine(shape, weight, bias, scale, shift);
   Tensor dx = torch::stable::empty_like(x);
   const std::vector<int64_t> size = {shape.batch, shape.channels};
   Tensor s1 = torch::stable::new_empty(x, size, ScalarType::Float), s2 = torch::stable::empty_like(s1);

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -16,10 +17,13 @@ namespace ldm_sg {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Call f(i) for i in [0, count), each thread a run of them.
+inline constexpr int64_t ELEMENTS_PER_THREAD = 16384;  // fewer are not worth waking a thread for
+
+// Call f(i) for i in [0, count), each thread a run of them; a row's work is that of so many elements.
 template <class F>
-void parallel_rows(int64_t count, const F& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+void parallel_rows(int64_t count, int64_t elements_per_row, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD / std::max<int64_t>(1, elements_per_row));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,31 @@ Network = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, h, w), time (B,)) -> F (B, C, h, w), the guidance already in it."""
 Bind = Callable[[dict[str, Tensor]], Network]
 """Guidance, tensors with first dimension B such as "label" (B, K) -> the network under that guidance."""
+
+
+class Halves(NamedTuple):
+    """A network before Eq. 4 mixes its outputs.
+
+    Args:
+        network: over `copies` times the batch; of two copies the first is unconditional.
+        copies: 1 where every w is 0 or 1, else 2.
+        scale: w, one number or (B,), float32.
+    """
+
+    network: Network
+    copies: int
+    scale: Tensor
+
+
+def bind_halves(bind: Bind, guidance: dict[str, Tensor], scale: float | Tensor) -> Halves:
+    """Put both halves' guidance into the network; arguments and what is raised as for `guided_network`."""
+    w = torch.as_tensor(scale, dtype=torch.float32)
+    if not w.isfinite().all():
+        bad = float(w[~w.isfinite()].flatten()[0])
+        raise ValueError(f"got guidance scale {bad}, expected a finite number")
+    if ((w == 0) | (w == 1)).all():
+        return Halves(bind({name: g * _per_sample(w, g) for name, g in guidance.items()}), 1, w)
+    return Halves(bind({name: torch.cat([torch.zeros_like(g), g]) for name, g in guidance.items()}), 2, w)
 
 
 def guided_network(bind: Bind, guidance: dict[str, Tensor], scale: float | Tensor) -> Network:
@@ -32,16 +58,17 @@ def guided_network(bind: Bind, guidance: dict[str, Tensor], scale: float | Tenso
         ValueError: if a scale is not finite.
     Source: paper eq. 4 and appendix B; the null guidance is all zeros.
     """
-    w = torch.as_tensor(scale, dtype=torch.float32)
-    if not w.isfinite().all():
-        bad = float(w[~w.isfinite()].flatten()[0])
-        raise ValueError(f"got guidance scale {bad}, expected a finite number")
-    if ((w == 0) | (w == 1)).all():
-        return bind({name: g * _per_sample(w, g) for name, g in guidance.items()})
-    both = bind({name: torch.cat([torch.zeros_like(g), g]) for name, g in guidance.items()})
+    return mix_halves(bind_halves(bind, guidance, scale))
+
+
+def mix_halves(halves: Halves) -> Network:
+    """Apply Eq. 4 to what `bind_halves` gave."""
+    network, copies, w = halves
+    if copies == 1:
+        return network
 
     def run(x: Tensor, time: Tensor) -> Tensor:
-        unconditional, conditional = both(torch.cat([x, x]), torch.cat([time, time])).chunk(2)
+        unconditional, conditional = network(torch.cat([x, x]), torch.cat([time, time])).chunk(2)
         here = _per_sample(w, x)
         return (1 - here) * unconditional + here * conditional
 
@@ -50,6 +77,12 @@ def guided_network(bind: Bind, guidance: dict[str, Tensor], scale: float | Tenso
 
 def _per_sample(w: Tensor, like: Tensor) -> Tensor:
     return w.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def is_inside(time: Tensor, schedule: Schedule, interval: Sequence[float] | None) -> bool:
+    """Tell whether low <= sigma / alpha <= high at a time; None is everywhere."""
+    alpha, sigma = schedule.alpha_sigma(time)
+    return interval is None or interval[0] <= float(sigma / alpha) <= interval[1]
 
 
 def within_interval(guided: Denoise, outside: Denoise, schedule: Schedule, interval: Sequence[float] | None) -> Denoise:
@@ -66,10 +99,8 @@ def within_interval(guided: Denoise, outside: Denoise, schedule: Schedule, inter
     """
     if interval is None:
         return guided
-    low, high = interval
 
     def denoise(x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = schedule.alpha_sigma(time)
-        return (guided if low <= float(sigma / alpha) <= high else outside)(x, time)
+        return (guided if is_inside(time, schedule, interval) else outside)(x, time)
 
     return denoise

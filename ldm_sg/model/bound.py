@@ -1,13 +1,15 @@
 """A UNet with its guidance folded in, for a trajectory over which the guidance stays the same.
 
 W concat[t, k] + b = W_t t + (W_k k + b): the second half, and the guidance tokens' keys and values, are computed once
-per trajectory; the first half once per step, as a sampler's batch shares its time. `UNet.forward` is the definition.
+per trajectory; the first half once per step, as a sampler's batch shares its time. On a CPU the convolutions' weights
+are brought once into the order that oneDNN works in, and not in every call. `UNet.forward` is the definition.
 """
 
 from __future__ import annotations
 
 import copy
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,6 +31,39 @@ class FoldedLinear(nn.Module):
         return F.linear(t, self.weight) + self.constant
 
 
+class PackedConv(nn.Module):
+    """A float32 convolution on a CPU whose weights are packed at the first input of a shape; it has no gradient.
+
+    Source: torch._inductor's freezing, which calls the same two functions of torch.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.conv = conv
+        self.shape: torch.Size | None = None
+        self.packed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return conv(x)
+        where = ([*conv.padding], [*conv.stride], [*conv.dilation], conv.groups)
+        if x.shape != self.shape:
+            self.shape = x.shape
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *where, [*x.shape])
+        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, conv.bias, *where, "none", [], "")
+
+
+def _pack_convolutions(network: nn.Module) -> None:
+    """Replace those that torch can pack."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")):
+        return
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Conv2d) and child.weight.is_cpu and child.weight.dtype == torch.float32:
+                setattr(parent, name, PackedConv(child))
+
+
 class Constant(nn.Module):
     """A layer whose input no longer changes."""
 
@@ -44,7 +79,7 @@ class BoundUNet(nn.Module):
     """The network under one guidance: (x (B, C, h, w), time (B,), all equal) -> F (B, C, h, w).
 
     Args:
-        network: whose weights are shared, not copied.
+        network: whose weights are shared, not copied; on a CPU their packed form is a copy, made in the first call.
         label: (B, K), zeros for the null label; None only for a network without label guidance.
         spatial: (B, S, h, w) or None for the null mask.
     Raises:
@@ -57,6 +92,7 @@ class BoundUNet(nn.Module):
         shared = {id(t): t for t in (*network.parameters(), *network.buffers())}
         self.network = copy.deepcopy(network, shared)
         self.spatial, self.tokens = spatial, None
+        _pack_convolutions(self.network)
         if network.label_embed is None:
             return
         if label is None:

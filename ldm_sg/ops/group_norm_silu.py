@@ -6,6 +6,8 @@ Used at every normalisation of the UNet. Source: Wu & He (2018); the modulation 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,20 +35,22 @@ def group_norm_silu_reference(
 
 torch.library.define(
     "ldm_sg::group_norm_silu",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, bool silu)"
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, float eps, bool silu)"
     " -> (Tensor y, Tensor mean, Tensor rstd)",  # x contiguous or channels-last; mean, rstd (B, groups) float32
 )
 
 
 @torch.library.register_fake("ldm_sg::group_norm_silu")
-def _(x: Tensor, weight, bias, scale, shift, groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.new_empty(x.shape[0], groups, dtype=torch.float32)
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
 torch.library.define(
     "ldm_sg::group_norm_silu_backward",
-    "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift,"
+    "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift,"
     " int groups, bool silu) -> (Tensor dx, Tensor s1, Tensor s2)",  # dy as x; s1, s2 (B, C) float32, see _gradients
 )
 
@@ -57,14 +61,14 @@ def _(dy: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), s1, torch.empty_like(s1)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, scale, shift, ctx.groups, _, ctx.silu = inputs
     ctx.save_for_backward(x, *output[1:], weight, bias, scale, shift)
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _gradients(ctx, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    """Every gradient from s1 = sum dz and s2 = sum dz xhat over a channel's pixels, z = xhat w (1 + s) + b (1 + s) + t."""
+def _gradients(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    """Every gradient, from s1 = sum dz and s2 = sum dz xhat over a channel's pixels; docs/kernels.md."""
     x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
     dy = dy.contiguous(memory_format=_layout(x))
     dx, s1, s2 = torch.ops.ldm_sg.group_norm_silu_backward(
@@ -73,7 +77,8 @@ def _gradients(ctx, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     dscale = dshift = None
     dweight, dbias = s2, s1
     if scale is not None:
-        dweight, dbias = s2 * (1 + scale), s1 * (1 + scale)
+        gain = 1 + scale.float()
+        dweight, dbias = s2 * gain, s1 * gain
         dscale, dshift = (s2 * weight + s1 * bias).to(scale.dtype), s1.to(shift.dtype)
     return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), dscale, dshift, None, None, None
 

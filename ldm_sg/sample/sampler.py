@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +15,24 @@ from torch import Tensor, nn
 
 from ldm_sg.config import SampleConfig
 from ldm_sg.data import to_model_range, to_uint8
-from ldm_sg.diffusion import PARAMETERISATIONS, SAMPLERS, ddim_invert, denoiser, guided_network, within_interval
-from ldm_sg.diffusion.guidance import Network
+from ldm_sg.diffusion import (
+    PARAMETERISATIONS,
+    SAMPLERS,
+    bind_halves,
+    ddim_invert,
+    denoiser,
+    is_inside,
+    linear_steps,
+    mix_halves,
+    sample_linear,
+    within_interval,
+)
+from ldm_sg.diffusion.guidance import Halves, Network
 from ldm_sg.diffusion.parameterisation import Denoise
 from ldm_sg.diffusion.samplers import Trace
 from ldm_sg.hardware import autocast, choose_device, choose_dtype
 from ldm_sg.model import BoundUNet
+from ldm_sg.sample.graph import replayed
 from ldm_sg.sample.requests import Request, labels
 from ldm_sg.sample.seeds import SeededNoise
 from ldm_sg.train.checkpoint import load_weights
@@ -131,7 +144,8 @@ class Sampler:
         moments = self.autoencoder.encode(to_model_range(images))
         z = self.run.facts.standardise(moments[:, : self.run.facts.latent_shape[0]]).to(self.device)
         with autocast(self.device, self.dtype):
-            return ddim_invert(self._denoise(list(requests), options), z, self.schedule.trajectory(options.steps))
+            denoise = self._denoise(self._networks(list(requests), options), options)
+            return ddim_invert(denoise, z, self.schedule.trajectory(options.steps))
 
     def _pixels(self, latents: Tensor) -> np.ndarray:
         return to_uint8(self.autoencoder.decode(self.run.facts.restore(latents)))
@@ -159,29 +173,28 @@ class Sampler:
             if request.start is not None:
                 self._check_start(request.start)
                 row.copy_(request.start)
-        sample = SAMPLERS[options.sampler]
+        sample, eta = SAMPLERS[options.sampler], options.eta
+        steps = linear_steps(sample, self.schedule, trajectory, self.parameterisation, eta)
+        told: dict[str, Any] = {"noise": lambda i: noise.draw().to(self.device), "trace": trace}
         with autocast(self.device, self.dtype):  # around all steps: bf16 weights are cast once
-            denoise = self._denoise(requests, options)
-            return sample(
-                denoise,
-                x.to(self.device),
-                trajectory,
-                eta=options.eta,
-                noise=lambda i: noise.draw().to(self.device),
-                trace=trace,
-            )
+            networks, x = self._networks(requests, options), x.to(self.device)
+            if steps is None:
+                return sample(self._denoise(networks, options), x, trajectory, eta=eta, **told)
+            inside = [is_inside(t, self.schedule, options.guidance_interval) for t in trajectory.time[:-1]]
+            replay = replayed(self.device)
+            return sample_linear(networks, inside, x, steps, dtype=self.dtype, replay=replay, **told)
 
-    def _denoise(self, requests: list[Request], options: SampleConfig) -> Denoise:
-        """Build the guided denoiser of a micro-batch."""
+    def _networks(self, requests: list[Request], options: SampleConfig) -> list[Halves]:
+        """Bind a micro-batch's guidance, for within the guidance interval and, where that differs, for outside."""
         scale, guidance = torch.tensor([_scale(r, options) for r in requests]), self._guidance(requests, options)
+        plain = scale.clamp(0, 1)
+        scales = [scale] if options.guidance_interval is None or torch.equal(plain, scale) else [scale, plain]
+        return [bind_halves(self._bind, guidance, w) for w in scales]
 
-        def build(w: Tensor) -> Denoise:
-            return denoiser(guided_network(self._bind, guidance, w), self.schedule, self.parameterisation)
-
-        interval, plain = options.guidance_interval, scale.clamp(0, 1)
-        if interval is None or torch.equal(plain, scale):
-            return build(scale)
-        return within_interval(build(scale), build(plain), self.schedule, interval)
+    def _denoise(self, networks: list[Halves], options: SampleConfig) -> Denoise:
+        """Build a micro-batch's guided denoiser, for samplers that are not linear."""
+        made = [denoiser(mix_halves(halves), self.schedule, self.parameterisation) for halves in networks]
+        return within_interval(made[0], made[-1], self.schedule, options.guidance_interval)
 
     def _bind(self, guidance: dict[str, Tensor]) -> Network:
         bound = BoundUNet(self.network, **guidance)

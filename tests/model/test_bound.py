@@ -57,12 +57,36 @@ def test_weights_are_shared_and_the_network_is_left_alone() -> None:
     with torch.no_grad():
         before = network(x, time, label)
         bound = BoundUNet(network, label)
-        bound(x, time)
+        BoundUNet(network, label)(x, time)
         assert torch.equal(network(x, time, label), before)
         kept = {id(p) for p in network.parameters()}
         assert {id(p) for p in bound.parameters()} < kept
         network.conv_out.weight.mul_(0)
         assert not torch.equal(bound(x, time), before)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch packs weights with oneDNN")
+def test_weights_are_packed_once_per_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, packed = noisy(), []
+    pack = torch.ops.mkldnn._reorder_convolution_weight
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_reorder_convolution_weight", lambda *given: (packed.append(given), pack(*given))[1]
+    )
+    x, time, _ = draw()
+    convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in network.modules())
+    bound = BoundUNet(network)
+    with torch.no_grad():
+        for rows in (B, B, 1, 1):
+            expected = network(x[:rows], time[:rows])
+            assert float((bound(x[:rows], time[:rows]) - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert len(packed) == 2 * convolutions
+
+
+def test_gradients_pass() -> None:
+    network = noisy()
+    x, time, _ = draw()
+    BoundUNet(network)(x, time).square().mean().backward()
+    assert all(p.grad is not None for p in network.parameters())
 
 
 def test_each_half_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -312,6 +312,15 @@ def test_autocast_keeps_the_dtype_of_x() -> None:
 
 
 @kernel
+def test_modulation_of_another_shape_is_refused() -> None:
+    x, weight, bias, scale, shift = typed((2, 12, 4, 5), torch.float32, torch.channels_last)
+    with pytest.raises(RuntimeError, match=r"expected a modulation of \(B, C\)"):
+        fused(x, weight, bias, scale[:1], shift[:1], 3, 1e-5, True)
+    with pytest.raises(RuntimeError, match="expected one value per channel"):
+        fused(x, weight[:6], bias, scale, shift, 3, 1e-5, True)
+
+
+@kernel
 def test_second_derivative_is_refused() -> None:
     x, *rest = typed((2, 12, 4, 5), torch.float32, torch.contiguous_format)
     x.requires_grad_()

@@ -166,6 +166,18 @@ def test_ends_are_the_unconditional_and_conditional_network(
     assert torch.equal(next(iter(sampler.latents(bound, OPTIONS))), got)
 
 
+@pytest.mark.parametrize("changes", [{}, {"eta": 0.7}, {"sampler": "dpm++2m"}, {"guidance_interval": [1.0, 10.0]}])
+def test_fused_steps_are_the_samplers(
+    sampler: Sampler, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests, options = [Request(i, i % 3, scale=w) for i, w in enumerate((2.0, 4.0, 3.0))], replace(OPTIONS, **changes)
+    fused = next(iter(sampler.latents(requests, options)))
+    monkeypatch.setattr("ldm_sg.sample.sampler.linear_steps", lambda *_: None)
+    plain = next(iter(sampler.latents(requests, options)))
+    assert not torch.equal(fused, plain)  # the arithmetic is in another order
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+
+
 def test_every_request_may_have_its_own_scale(sampler: Sampler) -> None:
     requests = [Request(3, 1, scale=w) for w in (0.0, 1.0, 0.5, 2.0, 4.0, 1.0)]
     together = images(sampler, requests)
