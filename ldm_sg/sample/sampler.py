@@ -32,8 +32,8 @@ from ldm_sg.diffusion.parameterisation import Denoise
 from ldm_sg.diffusion.samplers import Trace
 from ldm_sg.hardware import autocast, choose_device, choose_dtype
 from ldm_sg.model import BoundUNet
-from ldm_sg.sample.kept import Kept
 from ldm_sg.sample.graph import replayed
+from ldm_sg.sample.kept import Kept
 from ldm_sg.sample.requests import Request, labels
 from ldm_sg.sample.seeds import SeededNoise
 from ldm_sg.train.checkpoint import load_weights

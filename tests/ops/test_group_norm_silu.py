@@ -131,9 +131,7 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).abs().max()) if got.numel() else 0.0
 
 
-def gradients(
-    run: Callable[..., Tensor], tensors: list[Tensor | None], dy: Tensor, *rest: object
-) -> list[Tensor]:
+def gradients(run: Callable[..., Tensor], tensors: list[Tensor | None], dy: Tensor, *rest: object) -> list[Tensor]:
     """Of sum(dy * run(*tensors, *rest)), for each tensor that is there."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     y = run(*leaves, *rest)
