@@ -7,7 +7,6 @@ they are started. Format: docs/store.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from ldm_sg.store.files import Files, LocalFiles, Record
 from ldm_sg.store.format import DTYPES, Place, Tensors, hash_shards, map_file, unpack_keys
 from ldm_sg.store.manifest import Manifest, file_records, latest_generation, read_manifest
 from ldm_sg.store.remote import RemoteFiles, is_url
-from ldm_sg.store.shards import SHARDS, Access, Shard, choose_access, max_open_shards
+from ldm_sg.store.shards import SHARDS, Access, Shard, choose_access, find_runs, max_open_shards
 from ldm_sg.store.verify import verify
 
 
@@ -186,7 +185,7 @@ class Store:
         """Read rows of tensors, in parts that need no more shards than may be open."""
         shards = np.searchsorted(self._ends, indices, side="right")
         rows = indices - self._starts[shards]
-        distinct = sorted(set(shards.tolist()))
+        distinct = np.unique(shards)
         if len(distinct) <= self._max_open:
             return self._gather(names, shards, rows)
         out = {name: np.empty((len(indices), *self._shape(name)), self._dtype(name)) for name in names}
@@ -197,12 +196,12 @@ class Store:
         return out
 
     def _gather(self, names: list[str], shards: np.ndarray, rows: np.ndarray) -> Tensors:
-        numbers = shards.tolist()
-        opened = self._open_shards(sorted(set(numbers)))
-        picks = [(opened[number], row) for number, row in zip(numbers, rows.tolist())]
-        widths = {name: self._dtype(name).itemsize * math.prod(self._shape(name)) for name in names}
-        data = SHARDS[self.access].gather(picks, widths)  # type: ignore[arg-type]
-        return {name: np.frombuffer(data[name], self._dtype(name)).reshape(-1, *self._shape(name)) for name in names}
+        opened = self._open_shards(np.unique(shards).tolist())
+        out = {name: np.empty((len(rows), *self._shape(name)), self._dtype(name)) for name in names}
+        slots = {name: array.reshape(-1).view(np.uint8).data for name, array in out.items()}
+        widths = {name: array[:1].nbytes for name, array in out.items()}
+        SHARDS[self.access].gather(opened, find_runs(shards, rows), widths, slots)  # type: ignore[arg-type]
+        return out
 
     def _open_shards(self, numbers: list[int]) -> dict[int, Shard]:
         """Return open shards, and close those that were used longest ago."""

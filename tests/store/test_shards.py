@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +12,11 @@ import pytest
 
 from ldm_sg.store import Store, StoreWriter, shards
 from ldm_sg.store.format import write_tensors
-from ldm_sg.store.shards import SHARDS, PreadShard, choose_access
+from ldm_sg.store.shards import SHARDS, PreadShard, choose_access, find_runs
 
 LATENT = np.random.default_rng(0).standard_normal((50, 3, 5)).astype(np.float16)
 LABEL = np.arange(50, dtype=np.int64)
 WIDTHS = {"latent": 30, "label": 8}
-
-# run apart, since a process with threads must not fork; the parent has used its threads before it forks
-READ_IN_FORK = """
-import os, sys
-from ldm_sg.store import Store
-store = Store.open(sys.argv[1], access="pread")
-rows = store.read(["x"], range(100))["x"].tolist()
-child = os.fork()
-same = store.read(["x"], range(100))["x"].tolist() == rows == list(range(100))
-if child == 0:
-    os._exit(not same)
-sys.exit(not same or os.waitpid(child, 0)[1] != 0)
-"""
 
 
 @pytest.fixture
@@ -47,12 +32,30 @@ def shard(path: Path, request: pytest.FixtureRequest) -> Any:
         return SHARDS[request.param](file)
 
 
-@pytest.mark.parametrize("rows", [[], [0], [49, 0, 49, 7], list(range(50))[::-1]])
+def gather(shard: Any, rows: list[int]) -> dict[str, memoryview]:
+    out = {name: memoryview(bytearray(len(rows) * width)) for name, width in WIDTHS.items()}
+    shard.gather({0: shard}, find_runs(np.zeros(len(rows), np.int64), np.array(rows, np.int64)), WIDTHS, out)
+    return out
+
+
+@pytest.mark.parametrize("rows", [[], [0], [49, 0, 49, 7], list(range(50))[::-1], list(range(3, 40)), [5, 6, 7, 1, 2]])
 def test_rows_are_copied_in_the_order_asked_for(shard: Any, rows: list[int]) -> None:
-    data = shard.gather([(shard, row) for row in rows], WIDTHS)
+    data = gather(shard, rows)
     latent = np.frombuffer(data["latent"], np.float16).reshape(-1, 3, 5)
     np.testing.assert_array_equal(latent, LATENT[rows])
     np.testing.assert_array_equal(np.frombuffer(data["label"], np.int64), LABEL[rows])
+
+
+def test_runs_cover_a_request_once_and_join_neighbours() -> None:
+    shards, rows = np.array([1, 1, 0, 0, 0, 1, 1]), np.array([4, 5, 7, 8, 8, 3, 2])
+    assert find_runs(shards, rows) == [(0, 7, 2, 2), (0, 8, 4, 1), (1, 2, 6, 1), (1, 3, 5, 1), (1, 4, 0, 2)]
+    rng = np.random.default_rng(0)
+    shards, rows = rng.integers(0, 3, 200), rng.integers(0, 9, 200)
+    found = np.full((2, 200), -1)
+    for shard, row, at, count in find_runs(shards, rows):
+        assert (found[:, at : at + count] == -1).all()
+        found[:, at : at + count] = np.full(count, shard), np.arange(row, row + count)
+    np.testing.assert_array_equal(found, [shards, rows])
 
 
 def test_whole_tensor(shard: Any) -> None:
@@ -74,18 +77,9 @@ def test_file_that_became_shorter_is_named(path: Path) -> None:
     with open(path, "rb", buffering=0) as file:
         shard = PreadShard(file)
     os.truncate(path, path.stat().st_size - 30)  # the last row of the last tensor
-    assert PreadShard.gather([(shard, 48)], WIDTHS)["latent"] == LATENT[48].tobytes()
+    assert gather(shard, [48])["latent"] == LATENT[48].tobytes()
     with pytest.raises(ValueError, match=r"a\.safetensors has become shorter"):
-        PreadShard.gather([(shard, 49)], WIDTHS)
-
-
-def test_forked_process_has_threads_of_its_own(tmp_path: Path) -> None:
-    writer = StoreWriter(tmp_path, "ab" * 32)
-    writer.write_shard(0, [str(row) for row in range(100)], {"x": np.arange(100)})
-    writer.commit(1, {})
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", READ_IN_FORK, str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (run.returncode, run.stderr) == (0, "")
+        gather(shard, [49])
 
 
 def test_maps_where_the_rows_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
