@@ -26,7 +26,7 @@ MIN_POINTS, MAX_POINTS = 1, 256  # rows per centroid: fewer are refused, of more
 SEED_ROWS, SEED_POINTS = 32_768, 32  # seeds are chosen among so many rows, or so many per centroid if that is more
 SETTLED = 1e-4  # stop when a smaller share of the rows changes its cluster
 ALL_ROWS_ITERATIONS = 5  # updates with all rows after those with a sample
-CHUNK_ROWS = 16_384  # rows that are in memory and compared with all centroids at once
+CHUNK_ROWS = 8_192  # rows that are in memory and compared with all centroids at once
 
 
 class Rows(Protocol):
@@ -214,5 +214,5 @@ def _pass(features: Rows, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray
         labels[part], squares[part] = nearest(rows, centroids)
         order = np.argsort(labels[part], kind="stable")
         filled, starts = np.unique(labels[part][order], return_index=True)
-        sums[filled] += np.add.reduceat(rows[order].astype(np.float64), starts, axis=0)
+        sums[filled] += np.add.reduceat(rows[order], starts, axis=0, dtype=np.float64)
     return labels, squares, sums

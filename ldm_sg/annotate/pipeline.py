@@ -260,7 +260,7 @@ def add_clusters(job: Job, k: int) -> None:
     job.once(
         "column-" + re.sub(r"[^A-Za-z0-9_-]", "_", name),
         lambda: has_column(read_manifest(folder), name, "cluster", provenance),
-        lambda: write_clusters(Store.open(folder), name, provenance),
+        lambda: write_clusters(Store.open(folder, access="pread"), name, provenance),  # maps would stay in memory
     )
 
 

@@ -7,6 +7,8 @@ import numpy as np
 from ldm_sg.annotate.projection import Projection
 from ldm_sg.store import Store
 
+RAW_ROWS = 1024  # raw features that are in memory at once
+
 
 class ProjectedRows:
     """`kmeans.Rows` of a store.
@@ -24,4 +26,5 @@ class ProjectedRows:
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         ids = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
-        return self.projection(self.store.read(["feature"], ids)["feature"])
+        parts = [ids[i : i + RAW_ROWS] for i in range(0, max(1, len(ids)), RAW_ROWS)]
+        return np.concatenate([self.projection(self.store.read(["feature"], part)["feature"]) for part in parts])
