@@ -1,8 +1,8 @@
 """Images in: where they come from, how bytes become RGB, how RGB becomes square batches.
 
 First stage of the flow (images -> annotate): `sources` -> `decode` -> `crop` -> `stream`.
-`sources` opens a data set through the file of its layout: `folder`, `lsun`, `imagenet`, `tar`, `arrays`, `scenes`,
-`remote`.
+`sources` opens a data set through the file of its layout: `folder`, `lsun`, `imagenet`, `tar`, `huggingface`,
+`arrays`, `scenes`, `remote`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from ldm_sg.data.arrays import cifar100_source, imagenet32_source, imagenet64_so
 from ldm_sg.data.elpv import elpv_source
 from ldm_sg.data.files import is_url
 from ldm_sg.data.folder import FolderSource
+from ldm_sg.data.huggingface import data_files, huggingface_source
 from ldm_sg.data.imagenet import imagenet100_source
 from ldm_sg.data.lmdb import DATA_FILE, lmdb_source
 from ldm_sg.data.lsun import lsun_church_source
@@ -94,7 +95,8 @@ def open_path(path: Path) -> ImageSource:
     """Open a local path by what is there.
 
     Args:
-        path: a folder of images, an LMDB folder (it has data.mdb), a folder of tar shards, or one tar file.
+        path: a folder of images, an LMDB folder (it has data.mdb), a Hugging Face data set, a folder of tar shards, or
+            one Arrow, Parquet or tar file.
     Returns:
         The source; its name is that of the folder, or of the file without its suffix.
     Raises:
@@ -103,5 +105,7 @@ def open_path(path: Path) -> ImageSource:
     """
     if (path / DATA_FILE).is_file():
         return lmdb_source(path)
+    if tables := data_files(path):
+        return huggingface_source(tables, path)
     shards = shards_in(path)
     return tar_source(shards, path) if shards else FolderSource(path)
