@@ -2,7 +2,8 @@
 
 A small head turns each patch's feature into a code. Two codes are drawn together where their features correlate more
 than a shift, and apart where less: inside an image, between images that look alike, between any two. What comes out is
-compact enough that k-means gives regions. The network that gave the features stays frozen; nothing here knows it.
+compact enough that a few directions, those of the cluster probe, give regions. The network that gave the features
+stays frozen; nothing here knows it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ldm_sg.data.masks import MAX_CLASSES
 
 CODE_WIDTH = 70
 CHUNK_ROWS = 4_096  # images compared with all others at once
-CODES_PER_IMAGE, CODES_PER_CLUSTER = 16, 512  # a sample for the clusters; small data sets give fewer
+CODES_PER_IMAGE, CODES_PER_CLUSTER = 16, 512  # a sample for the probe's start; small data sets give fewer
+PROBE_SHARE = 0.1  # steps of the probe, of those of the head
 Dense = Callable[[np.ndarray], Tensor]  # ids (b,) of images -> their features (b, h, w, D), on the device to train on
 
 
@@ -59,6 +61,7 @@ class StegoOptions:
         dropout: share of the feature channels left out per image.
         batch_size: images per step, at least 2 (paper, appendix B.4: 64).
         lr: Adam's learning rate (paper, appendix B.4: 5e-4).
+        probe_lr: that of the cluster probe (STEGO's code: 5e-3).
         steps: of training.
     """
 
@@ -69,6 +72,7 @@ class StegoOptions:
     dropout: float = 0.1
     batch_size: int = 64
     lr: float = 5e-4
+    probe_lr: float = 5e-3
     steps: int = 5_000
 
 
@@ -180,29 +184,60 @@ def nearest_images(vectors: Tensor, k: int) -> Tensor:
     return torch.cat(found)
 
 
-def cluster_codes(head: Head, dense: Dense, num_images: int, num_clusters: int, seed: int, batch_size: int) -> Tensor:
-    """Cluster a sample of the codes by their direction.
-
-    Args:
-        head: trained.
-        dense, num_images: as for `fit_masks`.
-        num_clusters: K.
-        seed: of the sample and of the seedings.
-        batch_size: images read at once.
-    Returns:
-        (K, 70) centroids of length 1.
-    Source: ours, for STEGO's cluster probe, which minimises -mean(max_k cos(code, centroid_k)) with Adam from random
-        centroids; docs/method.md compares them.
-    """
-    rng = np.random.default_rng(seed)
-    wanted = -(-num_clusters * CODES_PER_CLUSTER // CODES_PER_IMAGE)
-    images, sample = rng.permutation(num_images)[:wanted], []
+def sample_codes(head: Head, dense: Dense, images: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw codes of images, `CODES_PER_IMAGE` of each: (n, 70) float32 of length 1, read a batch at a time."""
+    sample = []
     for start in range(0, len(images), batch_size):
         with torch.inference_mode():
             codes = F.normalize(head(dense(images[start : start + batch_size]).float()), dim=-1).flatten(1, 2).cpu()
         sample += [of_image[rng.permutation(len(of_image))[:CODES_PER_IMAGE]] for of_image in codes.numpy()]
-    centroids = fit_kmeans(np.concatenate(sample), num_clusters, seed).centroids
-    return F.normalize(torch.from_numpy(centroids), dim=1)
+    return np.concatenate(sample)
+
+
+def probe_loss(codes: Tensor, centroids: Tensor) -> Tensor:
+    """Measure how far codes are from their nearest centroids by angle.
+
+    Args:
+        codes: (..., 70).
+        centroids: (K, 70).
+    Returns:
+        Scalar -mean(max_k cos(code, centroid_k)).
+    Source: STEGO's code, the cluster probe.
+    """
+    return -(F.normalize(codes, dim=-1) @ F.normalize(centroids, dim=-1).T).amax(-1).mean()
+
+
+def train_probe(
+    head: Head, dense: Dense, num_images: int, num_clusters: int, seed: int, options: StegoOptions
+) -> Tensor:
+    """Train the cluster probe on the codes of a trained head.
+
+    Args:
+        head: trained; nothing of the probe reaches it.
+        dense, num_images: as for `fit_masks`.
+        num_clusters: K.
+        seed: of the sample, the start and the draws.
+        options: of the training.
+    Returns:
+        (K, 70) centroids of length 1.
+    Source: STEGO's code: Adam on `probe_loss`. There it starts from random centroids and with the head; here after it,
+        from spherical k-means on a sample, which minimises the same loss, so that no centroid is left without codes.
+    """
+    rng = np.random.default_rng(seed)
+    wanted = -(-num_clusters * CODES_PER_CLUSTER // CODES_PER_IMAGE)
+    sample = sample_codes(head, dense, rng.permutation(num_images)[:wanted], options.batch_size, rng)
+    start = fit_kmeans(sample, num_clusters, seed, spherical=True).centroids
+    centroids = torch.from_numpy(start).to(next(head.parameters()).device).requires_grad_()
+    optimiser, steps = torch.optim.Adam([centroids], lr=options.probe_lr), int(PROBE_SHARE * options.steps)
+    for step in range(steps):
+        ids = rng.permutation(num_images)[: options.batch_size]
+        with torch.no_grad():
+            codes = head(dense(ids).float())
+        optimiser.param_groups[0]["lr"] = options.probe_lr * (1 - step / steps)
+        optimiser.zero_grad()
+        probe_loss(codes, centroids).backward()
+        optimiser.step()
+    return F.normalize(centroids.detach(), dim=1)
 
 
 @dataclass(frozen=True)
@@ -258,7 +293,7 @@ def fit_masks(
     options: StegoOptions | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> Segmenter:
-    """Train STEGO's head, then cluster its codes.
+    """Train STEGO's head, then its cluster probe.
 
     Args:
         dense: gives the features of images by id, each as often as they are drawn.
@@ -297,8 +332,7 @@ def fit_masks(
         if progress:
             progress({name: float(t.detach()) for name, t in terms.items()})
     head.requires_grad_(False).eval()
-    centroids = cluster_codes(head, dense, num_images, num_clusters, seed, options.batch_size)
-    return Segmenter(head, centroids.to(vectors.device))
+    return Segmenter(head, train_probe(head, dense, num_images, num_clusters, seed, options))
 
 
 def loss_terms(

@@ -25,7 +25,9 @@ from ldm_sg.annotate.masks import (
     image_vectors,
     loss_terms,
     nearest_images,
+    probe_loss,
     sample_points,
+    train_probe,
 )
 from ldm_sg.evaluate.segmentation import count_pairs, match_and_score
 
@@ -243,6 +245,36 @@ def test_training_lowers_the_loss(features: Tensor) -> None:
     fit_masks(lambda ids: features[torch.from_numpy(ids)], 12, 3, 0, options, log.append)
     totals = [sum(of_step.values()) for of_step in log]
     assert len(totals) == 60 and np.mean(totals[-10:]) < np.mean(totals[:10]) - 0.02
+
+
+def test_probe_loss_in_numbers() -> None:
+    codes = torch.tensor([[3.0, 0.0], [0.0, 0.5], [1.0, 1.0]], requires_grad=True)
+    centroids = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [0.0, 0.1]], requires_grad=True)
+    loss = probe_loss(codes.detach(), centroids)
+    assert float(loss.detach()) == pytest.approx(-(1 + 1 + 0.5**0.5) / 3)
+    loss.backward()
+    assert centroids.grad is not None and not centroids.grad[1].any() and centroids.grad[0].any()  # who wins, learns
+
+
+def test_probe_finds_directions_and_leaves_the_head_alone() -> None:
+    rng = torch.Generator().manual_seed(0)
+    head, directions = Head(8).requires_grad_(False), torch.randn(3, 8, generator=rng)
+    with torch.no_grad():
+        head.nonlinear[2].weight.zero_()
+        head.nonlinear[2].bias.zero_()
+        head.linear.bias.zero_()
+    kinds = torch.arange(3).repeat(48)[torch.randperm(144, generator=rng)].view(9, 4, 4)
+    lengths, noise = (torch.rand(9, 4, 4, n, generator=rng) for n in (1, 8))
+    features = directions[kinds] * (0.5 + lengths) + 0.1 * (noise - 0.5)
+    before = {name: t.clone() for name, t in head.state_dict().items()}
+    options = StegoOptions(steps=600, batch_size=4)
+    found = train_probe(head, lambda ids: features[torch.from_numpy(ids)], 9, 3, 0, options)
+    assert all(torch.equal(t, before[name]) for name, t in head.state_dict().items())
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+    cosines = F.normalize(head.linear(directions), dim=1) @ found.T
+    assert sorted(cosines.argmax(1).tolist()) == [0, 1, 2] and cosines.amax(1).min() > 0.99
+    start = train_probe(head, lambda ids: features[torch.from_numpy(ids)], 9, 3, 0, StegoOptions(steps=0, batch_size=4))
+    assert probe_loss(head(features), found) <= probe_loss(head(features), start) + 1e-4
 
 
 def test_segmenter_survives_the_store_and_the_stage_uses_it(features: Tensor) -> None:
