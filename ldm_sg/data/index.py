@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def _load(place: Path, now: str) -> list[Entry] | None:
 
 
 def _save(place: Path, now: str, listed: list[Entry]) -> bool:
-    unfinished = place.with_name(f"{place.name}.tmp-{os.getpid()}")
+    unfinished = place.with_name(f"{place.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # numbers recur on machines
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "w", encoding="ascii") as file:

@@ -60,6 +60,8 @@ def read_manifest(folder: Path, generation: int | None = None) -> Manifest:
     try:
         return parse_manifest(path, path.read_bytes())
     except FileNotFoundError:
+        if generation is None and latest_generation(folder) != newest:  # committed over and collected meanwhile
+            return read_manifest(folder)
         raise FileNotFoundError(f"{folder} has no generation {generation}: the newest is {newest}") from None
 
 
@@ -139,8 +141,8 @@ def commit(folder: str | Path, update: Callable[[Manifest], Manifest]) -> int:
     """
     folder = Path(folder)
     while True:
-        newest = latest_generation(folder)
-        previous = read_manifest(folder, newest) if newest else {}
+        previous = read_manifest(folder) if latest_generation(folder) else {}
+        newest = previous.get("generation", 0)
         manifest = update(copy.deepcopy(previous))
         if previous and to_json(manifest) == to_json(previous):
             return newest

@@ -10,6 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -53,7 +54,8 @@ class Cache:
             file = open(self.path(record), "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError:
             return None
-        os.utime(file.fileno())
+        with suppress(PermissionError):  # another user's, in a cache that they share
+            os.utime(file.fileno())
         return cast(BinaryIO, file)
 
     def make_room(self, num_bytes: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_sg.store import Store, StoreWriter, commit, verify, write_column
+from ldm_sg.store import Leases, Store, StoreWriter, commit, verify, write_column
 from ldm_sg.store.gc import collect, leftovers
 from ldm_sg.store.manifest import Manifest, latest_generation
 
@@ -54,6 +54,16 @@ def test_old_generations_and_what_only_they_name(folder: Path) -> None:
     assert names(folder, keep=4) == []
     assert names(folder, keep=2) == ["manifest-000001.json", "manifest-000002.json"]
     assert names(folder, keep=1) == [f"manifest-00000{g}.json" for g in (1, 2, 3)] + ["columns/b-00000"]
+
+
+def test_old_shards_stay_while_an_annotation_is_at_work(folder: Path) -> None:
+    StoreWriter(folder, "ab" * 32).write_shard(2, ["6"], {"latent": LATENT[:1]})
+    age(folder)
+    assert "shards/abababab-00002.safetensors" in names(folder, keep=1)
+    with Leases(folder / "work").take("encode-00003") as mine:
+        assert mine
+        assert names(folder, keep=1) == [f"manifest-00000{g}.json" for g in (1, 2, 3)]
+    assert "shards/abababab-00002.safetensors" in names(folder, keep=1)
 
 
 def test_leftovers_of_dead_writers(folder: Path) -> None:

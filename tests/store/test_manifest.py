@@ -40,6 +40,22 @@ def test_without_hard_links_a_generation_is_still_taken_once(tmp_path: Path, mon
     assert manifest.read_manifest(tmp_path)["generation"] == 1
 
 
+def test_newest_that_was_collected_while_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = manifest.latest_generation
+    manifest.commit_manifest(tmp_path, _manifest(7))
+
+    def stale_once(folder: Path) -> int:
+        monkeypatch.setattr(manifest, "latest_generation", listed)
+        return 6
+
+    monkeypatch.setattr(manifest, "latest_generation", stale_once)
+    assert manifest.read_manifest(tmp_path)["generation"] == 7
+    monkeypatch.setattr(manifest, "latest_generation", stale_once)
+    assert commit(tmp_path, lambda previous: {**previous, "num_rows": 1}) == 8
+    with pytest.raises(FileNotFoundError, match="has no generation 6: the newest is 8"):
+        manifest.read_manifest(tmp_path, 6)
+
+
 def test_generations_count_beyond_six_digits(tmp_path: Path) -> None:
     for generation in (999_999, 1_000_000):
         manifest.commit_manifest(tmp_path, _manifest(generation))
