@@ -56,6 +56,7 @@ class AnnotateConfig:
     clusters: list[int] = field(default_factory=lambda: [32])  # K; several give several columns
     column: str | None = None  # to train on; None takes the newest cluster column
     seed: int = 0  # of k-means
+    spherical: bool = False  # k-means by cosine: centroids are kept at length 1
     limit: int | None = None  # use only the first so many images; None means all
     max_bad: float = 0.10  # share of unreadable images above which annotation gives up
     shard_rows: int = 1024  # images per shard: what a killed annotation loses at most

@@ -26,7 +26,7 @@ STORES = Path("stores")
 
 def arguments() -> argparse.Namespace:
     made = cli.parser(__doc__.splitlines()[0], "python tools/annotate.py --dataset my_photos/ --clusters 16")
-    layouts = "a folder of images or tar shards, an LMDB folder, a URL"
+    layouts = "a folder of images or tar shards, an LMDB folder, a Hugging Face data set, a URL"
     made.add_argument("--dataset", default="elpv", help=f"one of {', '.join(DATASETS)}; {layouts}; default elpv")
     made.add_argument("--out", type=Path, help="the store's folder; default stores/<dataset>")
     made.add_argument(
@@ -39,6 +39,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--column", help="name of the cluster column; default k<K>")
     made.add_argument("--limit", type=int, metavar="N", help="use only the first N images")
     made.add_argument("--seed", type=int, help="of k-means; default 0")
+    made.add_argument("--spherical", action="store_true", default=None, help="k-means by cosine")
     made.add_argument(
         "--features", metavar="NAME", help="patch-quantiles, a timm or Hugging Face name, or a checkpoint"
     )
@@ -64,6 +65,7 @@ def configure(args: argparse.Namespace) -> AnnotateConfig:
         "column",
         "limit",
         "seed",
+        "spherical",
         "features",
         "autoencoder",
         "size_px",

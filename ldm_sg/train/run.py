@@ -241,6 +241,7 @@ def follow_store(config: Config, facts: StoreFacts) -> Config:
         clusters=[facts.num_clusters],
         column=facts.column,
         seed=int(str(facts.provenance["seed"])),
+        spherical=bool(facts.provenance.get("spherical")),
     )
     return replace(config, annotate=annotate)
 
