@@ -16,9 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
     ("environment", "reason"),
     [({"CXX": "false"}, "false -O3"), ({"CXX": "", "PATH": "/nowhere"}, "there is no C++ compiler")],
 )
-def test_without_a_compiler_it_says_so_and_goes_on(
-    environment: dict[str, str], reason: str, tmp_path: Path
-) -> None:
+def test_without_a_compiler_it_says_so_and_goes_on(environment: dict[str, str], reason: str, tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
