@@ -57,40 +57,57 @@ void for_blocks(const Shape& shape, int64_t first, int64_t count, const F& f) {
   }
 }
 
-inline void add(double* total, Vec v, int lanes) {
-  for (int i = 0; i < lanes; ++i) total[i] += v[i];
+[[gnu::always_inline]] inline void add(double* total, Vec v, int lanes) {
+  if (lanes == LANES) {
+    VecD sums;
+    std::memcpy(&sums, total, sizeof sums);
+    sums += __builtin_convertvector(v, VecD);
+    std::memcpy(total, &sums, sizeof sums);
+  } else {
+    for (int i = 0; i < lanes; ++i) total[i] += v[i];
+  }
+}
+
+// Call f(row, rows, column, N vectors, lanes) along a block: by at most CHUNK rows, and by N vectors while they last.
+template <int N, class F>
+[[gnu::always_inline]] inline void for_chunks(const Block& k, const F& f) {
+  for (int64_t row = 0; row < k.rows; row += CHUNK) {
+    const int64_t rows = std::min<int64_t>(CHUNK, k.rows - row);
+    int64_t c = 0;
+    for (; c + N * LANES <= k.columns; c += N * LANES) f(row, rows, c, std::integral_constant<int, N>{}, Full{});
+    for_vectors(k.columns - c, [&](int64_t i, auto lanes) {
+      f(row, rows, c + i, std::integral_constant<int, 1>{}, lanes);
+    });
+  }
 }
 
 // Add each column's sum of x - shift and of its square.
 template <class T>
 void moments(const T* x, const Block& k, const float* shift, double* s1, double* s2) {
-  for (int64_t row = 0; row < k.rows; row += CHUNK) {
-    const int64_t end = std::min(k.rows, row + CHUNK);
-    for_vectors(k.columns, [&](int64_t c, auto lanes) {
-      const Vec centre = load(shift + c);
-      Vec first[4] = {}, second[4] = {};  // four rows at once, as an addition takes several cycles
-      const auto step = [&](int64_t r, int i) {
-        const Vec d = load(x + r * k.stride + c, lanes) - centre;
+  for_chunks<4>(k, [=, stride = k.stride](int64_t row, int64_t rows, int64_t c, auto vectors, auto lanes) {
+    constexpr int n = vectors;
+    Vec centre[n], first[n] = {}, second[n] = {};
+    for (int i = 0; i < n; ++i) centre[i] = load(shift + c + i * LANES);
+    for (int64_t r = row; r < row + rows; ++r) {
+      for (int i = 0; i < n; ++i) {
+        const Vec d = load(x + r * stride + c + i * LANES, lanes) - centre[i];
         first[i] += d;
         second[i] += d * d;
-      };
-      int64_t r = row;
-      for (; r + 4 <= end; r += 4) {
-        for (int i = 0; i < 4; ++i) step(r + i, i);
       }
-      for (; r < end; ++r) step(r, 0);
-      add(s1 + c, (first[0] + first[1]) + (first[2] + first[3]), lanes);
-      add(s2 + c, (second[0] + second[1]) + (second[2] + second[3]), lanes);
-    });
-  }
+    }
+    for (int i = 0; i < n; ++i) {
+      add(s1 + c + i * LANES, first[i], lanes);
+      add(s2 + c + i * LANES, second[i], lanes);
+    }
+  });
 }
 
 template <class T, bool SILU>
 void apply(const T* x, T* y, const Block& k, const Columns& of) {
   const auto [mean, gain, offset, _] = of.values;
   for (int64_t r = 0; r < k.rows; ++r) {
-    for_vectors(k.columns, [&](int64_t c, auto lanes) {
-      const int64_t i = r * k.stride + c;
+    for_vectors(k.columns, [=, row = r * k.stride](int64_t c, auto lanes) {
+      const int64_t i = row + c;
       const Vec z = (load(x + i, lanes) - load(mean + c)) * load(gain + c) + load(offset + c);
       store(y + i, SILU ? silu(z) : z, lanes);
     });
@@ -102,27 +119,28 @@ template <class T, bool SILU>
 void grad_sums(const T* x, const T* dy, float* dz, int64_t dz_stride, const Block& k, const Columns& of, double* s1,
                double* s2) {
   const auto [means, rstds, gains, offsets] = of.values;
-  for (int64_t row = 0; row < k.rows; row += CHUNK) {
-    const int64_t end = std::min(k.rows, row + CHUNK);
-    for_vectors(k.columns, [&](int64_t c, auto lanes) {
-      const Vec mean = load(means + c), rstd = load(rstds + c), gain = load(gains + c), offset = load(offsets + c);
-      Vec first{}, second{};
-      for (int64_t r = row; r < end; ++r) {
-        const int64_t i = r * k.stride + c;
-        const Vec xhat = (load(x + i, lanes) - mean) * rstd;
-        Vec d = load(dy + i, lanes);
+  for_chunks<2>(k, [=, stride = k.stride](int64_t row, int64_t rows, int64_t c, auto vectors, auto lanes) {
+    constexpr int n = vectors;
+    Vec first[n] = {}, second[n] = {};
+    for (int64_t r = row; r < row + rows; ++r) {
+      for (int i = 0; i < n; ++i) {
+        const int64_t at = c + i * LANES;
+        const Vec xhat = (load(x + r * stride + at, lanes) - load(means + at)) * load(rstds + at);
+        Vec d = load(dy + r * stride + at, lanes);
         if constexpr (SILU) {
-          const Vec z = xhat * gain + offset, s = sigmoid(z);
+          const Vec z = xhat * load(gains + at) + load(offsets + at), s = sigmoid(z);
           d *= s + z * s * (1.0f - s);
         }
-        store(dz + r * dz_stride + c, d, lanes);
-        first += d;
-        second += d * xhat;
+        store(dz + r * dz_stride + at, d, lanes);
+        first[i] += d;
+        second[i] += d * xhat;
       }
-      add(s1 + c, first, lanes);
-      add(s2 + c, second, lanes);
-    });
-  }
+    }
+    for (int i = 0; i < n; ++i) {
+      add(s1 + c + i * LANES, first[i], lanes);
+      add(s2 + c + i * LANES, second[i], lanes);
+    }
+  });
 }
 
 // dx = rstd (gain dz - mean(gain dz) - xhat mean(gain dz xhat)), its factors per column; dz may be dx.
@@ -130,10 +148,10 @@ template <class T>
 void grad_apply(const T* x, const float* dz, int64_t dz_stride, T* dx, const Block& k, const Columns& of) {
   const auto [mean, of_dz, constant, of_x] = of.values;
   for (int64_t r = 0; r < k.rows; ++r) {
-    for_vectors(k.columns, [&](int64_t c, auto lanes) {
-      const int64_t i = r * k.stride + c;
+    for_vectors(k.columns, [=, row = r * k.stride, dz_row = r * dz_stride](int64_t c, auto lanes) {
+      const int64_t i = row + c;
       const Vec centred = load(x + i, lanes) - load(mean + c);
-      const Vec d = load(dz + r * dz_stride + c, lanes);
+      const Vec d = load(dz + dz_row + c, lanes);
       store(dx + i, d * load(of_dz + c) - load(constant + c) - centred * load(of_x + c), lanes);
     });
   }

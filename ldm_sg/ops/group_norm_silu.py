@@ -65,10 +65,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, weight, bias, scale, shift, ctx.groups, _, ctx.silu = inputs
     ctx.save_for_backward(x, *output[1:], weight, bias, scale, shift)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     """Every gradient, from s1 = sum dz and s2 = sum dz xhat over a channel's pixels; docs/kernels.md."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError("group_norm_silu has no second derivative in this dtype; float64 has one")
     x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
     dy = dy.contiguous(memory_format=_layout(x))
     dx, s1, s2 = torch.ops.ldm_sg.group_norm_silu_backward(
@@ -83,12 +86,7 @@ def _gradients(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), dscale, dshift, None, None, None
 
 
-def _no_second(*_: object) -> None:
-    raise NotImplementedError("group_norm_silu has no second derivative here: use float64, which plain torch computes")
-
-
 torch.library.register_autograd("ldm_sg::group_norm_silu", _gradients, setup_context=_save)
-torch.library.register_autograd("ldm_sg::group_norm_silu_backward", _no_second)
 
 
 def _layout(x: Tensor) -> torch.memory_format:

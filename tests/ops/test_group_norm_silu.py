@@ -196,12 +196,12 @@ def test_kernel_far_off_centre(layout: torch.memory_format) -> None:
 
 @kernel
 def test_silu_over_its_whole_range() -> None:
-    z = torch.cat([torch.linspace(-110, 110, 4001), torch.tensor([-1e30, 1e30, 0.0])])
+    z = torch.cat([torch.linspace(-110, 110, 4001), torch.tensor([-1e30, 0.0, 1e30])])
     x = torch.zeros(1, len(z), 1, 2)
-    got = fused(x, torch.ones(len(z)), z, None, None, 1, 1e-5, True)[0, :, 0, 0]
+    got = fused(x, torch.ones(len(z)), z, None, None, 1, 1e-5, True)[0, :, 0, 0].double()
     exact = z.double() * torch.sigmoid(z.double())
-    assert error(got[:-3] / z[:-3].clamp(min=1), exact[:-3] / z[:-3].clamp(min=1).double()) <= 3e-7
-    assert got[-3:].tolist() == [0.0, z[-2].item(), 0.0]
+    assert ((got - exact).abs() <= 2.5e-7 * z.double().abs().clamp(min=1)).all()
+    assert got[-3:].tolist() == pytest.approx([0, 0, 1e30], rel=1e-6, abs=1e-8)
 
 
 @kernel
@@ -321,10 +321,8 @@ def test_modulation_of_another_shape_is_refused() -> None:
 @kernel
 def test_second_derivative_is_refused() -> None:
     x, *rest = typed((2, 12, 4, 5), torch.float32, torch.contiguous_format)
-    x.requires_grad_()
-    (dx,) = torch.autograd.grad(fused(x, *rest, 3, 1e-5, True).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="float64"):
-        dx.square().sum().backward()
+        torch.autograd.grad(fused(x.requires_grad_(), *rest, 3, 1e-5, True).sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"shape": (2, 12, 4)}, {"shape": (2, 12, 2, 3, 4)}])
