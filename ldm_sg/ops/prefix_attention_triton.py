@@ -43,10 +43,18 @@ BACKWARD = (
     (64, Config(64, 64, warps=8, stages=1)),
     (math.inf, Config(64, 64, warps=8, stages=2)),
 )
+BACKWARD_AMPERE = (  # 64 x 64 spills: its products keep both factors in registers
+    (16, Config(16, 16, warps=1, stages=1)),
+    (math.inf, Config(32, 32, warps=4, stages=2)),
+)
 
 
 def _config(table: tuple[tuple[float, Config], ...], tokens: int) -> Config:
     return next(config for limit, config in table if tokens <= limit)
+
+
+def _is_ampere(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
 
 
 @triton.jit
@@ -344,7 +352,7 @@ def backward(
     dk_prefix, dv_prefix = (q.new_empty(batch, prefix, heads, width) for _ in range(2))
     if not out.numel():
         return dq, dk, dv, dk_prefix.zero_(), dv_prefix.zero_()
-    config = _config(BACKWARD, tokens)
+    config = _config(BACKWARD_AMPERE if _is_ampere(q.device) else BACKWARD, tokens)
     strides = _strides(q, k, v, k_prefix, v_prefix, d_out)
     numbers = (*strides, heads, scale)
     constants = _constants(q, k_prefix, strides, config)
