@@ -1,0 +1,416 @@
+// prefix_attention on the CPU, forward and backward; ldm_sg/ops/prefix_attention.py has the definition.
+//
+// A task is one sample and head. Its keys, prefix and image together, are packed transposed, its values as they are,
+// into scratch that fits L2: this widens 16-bit types, takes any strides, and is the only place where prefix and image
+// become one matrix. Blocks of queries then run through scores = q k^T, softmax, scores v, all on one product that
+// keeps its tile in registers. Tasks share nothing, so that the result does not depend on the number of threads.
+#include "parallel.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <type_traits>
+
+namespace ldm_sg {
+namespace {
+
+constexpr int64_t QUERIES = 32;  // of a block: 32 x 72 scores are 9 KiB
+constexpr int64_t DEPTH = 128;   // of a product's sums at a time: 128 x 3 vectors are 12 KiB
+
+using ldm_sg::exp;
+using ldm_sg::load;
+using ldm_sg::store;
+
+// Vectors of double, for gradients checked in float64.
+inline VecD load(const double* p, int count = LANES) {
+  VecD v{};
+  std::memcpy(&v, p, count * sizeof(double));
+  return v;
+}
+inline void store(double* p, VecD v, int count = LANES) { std::memcpy(p, &v, count * sizeof(double)); }
+inline VecD exp(VecD v) {
+  for (int i = 0; i < LANES; ++i) v[i] = std::exp(v[i]);
+  return v;
+}
+
+template <class T>
+using VecOf = std::conditional_t<std::is_same_v<T, double>, VecD, Vec>;
+
+// A row of a matrix is whole vectors, and not of a length at which every row would fall into the same cache sets.
+template <class T>
+struct Matrix {
+  int64_t row;
+  std::vector<T> values;
+  Matrix(int64_t rows, int64_t columns) : row((columns + LANES - 1) / LANES * LANES) {
+    if (row * sizeof(T) % 1024 == 0) row += LANES;
+    values.resize(rows * row);
+  }
+  T* at(int64_t i) { return values.data() + i * row; }
+};
+
+// A factor and how far apart its rows and columns are.
+template <class T>
+struct Factor {
+  const T* data;
+  int64_t row, column;
+  Factor from(int64_t i, int64_t k) const { return {data + i * row + k * column, row, column}; }
+};
+
+template <class T>
+Factor<T> plain(Matrix<T>& m) {
+  return {m.at(0), m.row, 1};
+}
+template <class T>
+Factor<T> transposed(Matrix<T>& m) {
+  return {m.at(0), 1, m.row};
+}
+
+// c[i, :] (+)= sum_k a[i, k] b[k, :] for R rows and C vectors of columns, the sums in registers.
+template <int R, int C, class T>
+inline void product_tile(Factor<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t depth, bool add) {
+  VecOf<T> sums[R][C] = {};
+  for (int64_t k = 0; k < depth; ++k, a.data += a.column, b += b_row) {
+    VecOf<T> row[C];
+    for (int j = 0; j < C; ++j) row[j] = load(b + j * LANES);
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < C; ++j) sums[i][j] += a.data[i * a.row] * row[j];
+  }
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < C; ++j) {
+      T* to = c + i * c_row + j * LANES;
+      store(to, add ? load(to) + sums[i][j] : sums[i][j]);
+    }
+}
+
+template <int C, class T>
+void product_columns(Factor<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t rows, int64_t depth,
+                     bool add) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) product_tile<4, C>(a.from(i, 0), b, b_row, c + i * c_row, c_row, depth, add);
+  for (; i < rows; ++i) product_tile<1, C>(a.from(i, 0), b, b_row, c + i * c_row, c_row, depth, add);
+}
+
+// c (rows, columns) (+)= a (rows, depth) b (depth, columns), DEPTH at a time: that much of b stays in L1 for all rows,
+// and long sums lose fewer digits.
+template <class T>
+void product(Factor<T> a, Matrix<T>& b, Matrix<T>& c, int64_t rows, int64_t depth, int64_t columns, bool add = false) {
+  for (int64_t k = 0; k < depth; k += DEPTH, add = true)
+    for (int64_t j = 0; j < columns;) {
+      const int64_t vectors = (columns - j + LANES - 1) / LANES;
+      const auto run = [&](auto count) {
+        product_columns<count()>(a.from(0, k), b.at(k) + j, b.row, c.at(0) + j, c.row, rows,
+                                 std::min(DEPTH, depth - k), add);
+        j += count() * LANES;
+      };
+      if (vectors == 3 || vectors > 4) run(std::integral_constant<int, 3>{});
+      else if (vectors >= 2) run(std::integral_constant<int, 2>{});
+      else run(std::integral_constant<int, 1>{});
+    }
+}
+
+// One head of a (B, rows, heads, width) tensor with any strides.
+template <class E>
+struct Rows {
+  E* data;
+  int64_t row, column;
+};
+
+// A (B, rows, heads, width) tensor, or a prefix that is not there.
+template <class E>
+struct Heads {
+  E* data = nullptr;
+  int64_t batch = 0, row = 0, head = 0, column = 0;
+
+  explicit Heads(const Tensor& t)
+      : data(static_cast<E*>(t.data_ptr())),
+        batch(t.stride(0)), row(t.stride(1)), head(t.stride(2)), column(t.stride(3)) {}
+  explicit Heads(const std::optional<Tensor>& t) {
+    if (t) *this = Heads(*t);
+  }
+  Rows<E> of(int64_t b, int64_t h, int64_t first = 0) const {
+    return {data + b * batch + h * head + first * row, row, column};
+  }
+};
+
+// Call f(column, lanes) along a row; whole vectors first, so that those compile to single instructions.
+template <class F>
+inline void for_vectors(int64_t columns, const F& f) {
+  int64_t c = 0;
+  for (; c + LANES <= columns; c += LANES) f(c, LANES);
+  if (c < columns) f(c, static_cast<int>(columns - c));
+}
+
+// Row i with its columns side by side: where it lies, or copied to scratch.
+template <class E>
+inline const E* dense(const Rows<E>& x, int64_t i, int64_t width, std::vector<E>& scratch) {
+  const E* from = x.data + i * x.row;
+  if (x.column == 1) return from;
+  scratch.resize(width);
+  for (int64_t d = 0; d < width; ++d) scratch[d] = from[d * x.column];
+  return scratch.data();
+}
+
+// to[first + i, :] = scale x[i, :]
+template <class T, class E>
+void pack(const Rows<E>& x, int64_t rows, int64_t width, T scale, Matrix<T>& to, int64_t first = 0) {
+  std::vector<E> scratch;
+  for (int64_t i = 0; i < rows; ++i) {
+    const E* from = dense(x, i, width, scratch);
+    T* row = to.at(first + i);
+    for_vectors(width, [=](int64_t d, int lanes) { store(row + d, scale * load(from + d, lanes)); });
+  }
+}
+
+// x[i, :] = scales[i] from[first + i, :], x with its columns side by side; one scale for all where scale_step is 0
+template <class T, class E>
+void unpack(Matrix<T>& from, int64_t first, int64_t rows, int64_t width, const T* scales, int64_t scale_step,
+            const Rows<E>& x) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T scale = scales[i * scale_step];
+    const T* row = from.at(first + i);
+    E* to = x.data + i * x.row;
+    for_vectors(width, [=](int64_t d, int lanes) { store(to + d, scale * load(row + d), lanes); });
+  }
+}
+
+// Lanes I of (a, b).
+template <class V, int... I>
+inline V lanes(V a, V b, std::integer_sequence<int, I...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  using Index = std::conditional_t<std::is_same_v<V, Vec>, int32_t, int64_t>;
+  using Indices __attribute__((vector_size(sizeof(V)))) = Index;
+  return __builtin_shuffle(a, b, Indices{I...});
+#endif
+}
+
+using AllLanes = std::make_integer_sequence<int, LANES>;
+
+// A step of a transpose: lanes of a whose bit BIT is set trade places with those of b whose bit is not.
+template <int BIT, class V, int... I>
+inline void trade(V& a, V& b, std::integer_sequence<int, I...>) {
+  const V first = lanes(a, b, std::integer_sequence<int, (I & BIT ? LANES + (I ^ BIT) : I)...>{});
+  b = lanes(a, b, std::integer_sequence<int, (I & BIT ? LANES + I : I ^ BIT)...>{});
+  a = first;
+}
+
+// All lanes joined by f, in a tree.
+template <int HALF = LANES / 2, class V, class F, int... I>
+inline auto folded(V v, const F& f, std::integer_sequence<int, I...> all) {
+  const V joined = f(v, lanes(v, v, std::integer_sequence<int, (I ^ HALF)...>{}));
+  if constexpr (HALF == 1) return joined[0];
+  else return folded<HALF / 2>(joined, f, all);
+}
+
+template <class V>
+inline V larger(V a, V b) {
+  return b > a ? b : a;  // NaN of a stays
+}
+
+template <int BIT, class V>
+inline void transpose_block(V (&rows)[LANES]) {
+  if constexpr (BIT < LANES) {
+    for (int i = 0; i < LANES; ++i)
+      if (!(i & BIT)) trade<BIT>(rows[i], rows[i | BIT], AllLanes{});
+    transpose_block<2 * BIT>(rows);
+  }
+}
+
+// to[:, first + i] = x[i, :], in whole vectors: what lies right of it is written later
+template <class T, class E>
+void pack_transposed(const Rows<E>& x, int64_t rows, int64_t width, Matrix<T>& to, int64_t first) {
+  std::vector<E> scratch[LANES], zeros(width);
+  for (int64_t i = 0; i < rows; i += LANES) {
+    const E* from[LANES];
+    for (int r = 0; r < LANES; ++r) from[r] = i + r < rows ? dense(x, i + r, width, scratch[r]) : zeros.data();
+    for_vectors(width, [&](int64_t d, int lanes) {
+      VecOf<T> block[LANES];
+      for (int r = 0; r < LANES; ++r) block[r] = load(from[r] + d, lanes);
+      transpose_block<1>(block);
+      T* column = to.at(d) + first + i;
+      for (int r = 0; r < lanes; ++r) store(column + r * to.row, block[r]);
+    });
+  }
+}
+
+struct Sizes {
+  int64_t batch, queries, heads, width, prefix, keys;
+  explicit Sizes(const Tensor& q, const std::optional<Tensor>& prefix_)
+      : batch(q.size(0)), queries(q.size(1)), heads(q.size(2)), width(q.size(3)),
+        prefix(prefix_ ? prefix_->size(1) : 0), keys(prefix + queries) {}
+};
+
+template <class V>
+inline auto sum_of(V v) {
+  return folded(v, [](V a, V b) { return a + b; }, AllLanes{});
+}
+
+// Let the vector that holds the last key end with keys of no weight.
+template <class T>
+void close(T* scores, int64_t keys) {
+  for (int64_t j = keys; j % LANES; ++j) scores[j] = -std::numeric_limits<T>::infinity();
+}
+
+// scores -> exp(scores - max), to be multiplied by `inverse`; lse = log-sum-exp.
+template <class T>
+void softmax(Matrix<T>& scores, int64_t rows, int64_t keys, T* inverse, T* lse) {
+  T most[QUERIES];
+  for (int64_t i = 0; i < rows; ++i) {
+    T* row = scores.at(i);
+    close(row, keys);
+    VecOf<T> m = load(row);
+    for (int64_t j = LANES; j < keys; j += LANES) m = larger(m, load(row + j));
+    most[i] = folded(m, larger<VecOf<T>>, AllLanes{});
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    T* row = scores.at(i);
+    VecOf<T> sums{};
+    for (int64_t j = 0; j < keys; j += LANES) {
+      const VecOf<T> e = exp(load(row + j) - most[i]);
+      store(row + j, e);
+      sums += e;
+    }
+    const T sum = sum_of(sums);
+    inverse[i] = 1 / sum;
+    lse[i] = most[i] + std::log(sum);
+  }
+}
+
+// scores, d_weights -> weights, d_scores = weights (d_weights - sum(weights d_weights))
+template <class T>
+void softmax_backward(Matrix<T>& scores, Matrix<T>& d_weights, int64_t rows, int64_t keys, const T* lse) {
+  for (int64_t i = 0; i < rows; ++i) {
+    T *row = scores.at(i), *d = d_weights.at(i);
+    close(row, keys);
+    VecOf<T> products{};
+    for (int64_t j = 0; j < keys; j += LANES) {
+      const VecOf<T> p = exp(load(row + j) - lse[i]);
+      store(row + j, p);
+      products += p * load(d + j);
+    }
+    const T delta = sum_of(products);
+    for (int64_t j = 0; j < keys; j += LANES) store(d + j, load(row + j) * (load(d + j) - delta));
+  }
+}
+
+template <class E, class T>
+void forward_tasks(int64_t begin, int64_t end, const Sizes& n, const Heads<E>& q, const Heads<E>& k,
+                   const Heads<E>& v, const Heads<E>& k_prefix, const Heads<E>& v_prefix, T scale,
+                   const Heads<E>& out, T* lse) {
+  Matrix<T> keys(n.width, n.keys + LANES), values(n.keys, n.width), queries(QUERIES, n.width);
+  Matrix<T> scores(QUERIES, n.keys), result(QUERIES, n.width);
+  T inverse[QUERIES];
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / n.heads, h = task % n.heads;
+    pack_transposed(k_prefix.of(b, h), n.prefix, n.width, keys, 0);
+    pack_transposed(k.of(b, h), n.queries, n.width, keys, n.prefix);
+    pack(v_prefix.of(b, h), n.prefix, n.width, T(1), values);
+    pack(v.of(b, h), n.queries, n.width, T(1), values, n.prefix);
+    for (int64_t first = 0; first < n.queries; first += QUERIES) {
+      const int64_t rows = std::min(QUERIES, n.queries - first);
+      pack(q.of(b, h, first), rows, n.width, scale, queries);
+      product(plain(queries), keys, scores, rows, n.width, n.keys);
+      softmax(scores, rows, n.keys, inverse, lse + task * n.queries + first);
+      product(plain(scores), values, result, rows, n.keys, n.width);
+      unpack(result, 0, rows, n.width, inverse, 1, out.of(b, h, first));
+    }
+  }
+}
+
+template <class E>
+struct Gradients {
+  Heads<E> q, k, v, k_prefix, v_prefix;
+};
+
+template <class E, class T>
+void backward_tasks(int64_t begin, int64_t end, const Sizes& n, const Heads<E>& d, const Heads<E>& q,
+                    const Heads<E>& k, const Heads<E>& v, const Heads<E>& k_prefix, const Heads<E>& v_prefix,
+                    const T* lse, T scale, const Gradients<E>& to) {
+  Matrix<T> keys_t(n.width, n.keys + LANES), values_t(keys_t), keys(n.keys, n.width), d_keys(keys), d_values(keys);
+  Matrix<T> queries(QUERIES, n.width), d_out(queries), d_queries(queries);
+  Matrix<T> weights(QUERIES, n.keys), d_scores(weights);
+  const T one = 1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / n.heads, h = task % n.heads;
+    pack_transposed(k_prefix.of(b, h), n.prefix, n.width, keys_t, 0);
+    pack_transposed(k.of(b, h), n.queries, n.width, keys_t, n.prefix);
+    pack_transposed(v_prefix.of(b, h), n.prefix, n.width, values_t, 0);
+    pack_transposed(v.of(b, h), n.queries, n.width, values_t, n.prefix);
+    pack(k_prefix.of(b, h), n.prefix, n.width, one, keys);
+    pack(k.of(b, h), n.queries, n.width, one, keys, n.prefix);
+    for (int64_t first = 0; first < n.queries; first += QUERIES) {
+      const int64_t rows = std::min(QUERIES, n.queries - first);
+      pack(q.of(b, h, first), rows, n.width, scale, queries);
+      pack(d.of(b, h, first), rows, n.width, one, d_out);
+      product(plain(queries), keys_t, weights, rows, n.width, n.keys);
+      product(plain(d_out), values_t, d_scores, rows, n.width, n.keys);
+      softmax_backward(weights, d_scores, rows, n.keys, lse + task * n.queries + first);
+      product(plain(d_scores), keys, d_queries, rows, n.keys, n.width);
+      product(transposed(d_scores), queries, d_keys, n.keys, rows, n.width, first > 0);
+      product(transposed(weights), d_out, d_values, n.keys, rows, n.width, first > 0);
+      unpack(d_queries, 0, rows, n.width, &scale, 0, to.q.of(b, h, first));
+    }
+    unpack(d_keys, 0, n.prefix, n.width, &one, 0, to.k_prefix.of(b, h));
+    unpack(d_values, 0, n.prefix, n.width, &one, 0, to.v_prefix.of(b, h));
+    unpack(d_keys, n.prefix, n.queries, n.width, &one, 0, to.k.of(b, h));
+    unpack(d_values, n.prefix, n.queries, n.width, &one, 0, to.v.of(b, h));
+  }
+}
+
+// Call f(E{}, T{}) with the C++ types of a dtype and of its computation.
+template <class F>
+void with_types(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Double) return f(double{}, double{});
+  with_type(dtype, [&](auto element) { f(element, float{}); });
+}
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> k_prefix,
+                                   std::optional<Tensor> v_prefix, double scale) {
+  const Sizes n(q, k_prefix);
+  const ScalarType dtype = q.scalar_type();
+  const ScalarType wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  Tensor out = empty(q, {n.batch, n.queries, n.heads, n.width}, dtype);
+  Tensor lse = empty(q, {n.batch, n.heads, n.queries}, wide);
+  with_types(dtype, [&]<class E, class T>(E, T) {
+    const Heads<E> queries(q), keys(k), values(v), prefix_keys(k_prefix), prefix_values(v_prefix), result(out);
+    T* sums = mutable_data<T>(lse);
+    torch::stable::parallel_for(0, n.batch * n.heads, 1, [&](int64_t begin, int64_t end) {
+      forward_tasks<E, T>(begin, end, n, queries, keys, values, prefix_keys, prefix_values, scale, result, sums);
+    });
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor d_out, Tensor q, Tensor k, Tensor v,
+                                                            std::optional<Tensor> k_prefix,
+                                                            std::optional<Tensor> v_prefix, Tensor out, Tensor lse,
+                                                            double scale) {
+  const Sizes n(q, k_prefix);
+  const auto of_rows = [&](int64_t rows) { return empty(q, {n.batch, rows, n.heads, n.width}, q.scalar_type()); };
+  Tensor dq = of_rows(n.queries), dk = of_rows(n.queries), dv = of_rows(n.queries);
+  Tensor dk_prefix = of_rows(n.prefix), dv_prefix = of_rows(n.prefix);
+  with_types(q.scalar_type(), [&]<class E, class T>(E, T) {
+    const Heads<E> d(d_out), queries(q), keys(k), values(v), prefix_keys(k_prefix), prefix_values(v_prefix);
+    const Gradients<E> to{Heads<E>(dq), Heads<E>(dk), Heads<E>(dv), Heads<E>(dk_prefix), Heads<E>(dv_prefix)};
+    const T* sums = data<T>(lse);
+    torch::stable::parallel_for(0, n.batch * n.heads, 1, [&](int64_t begin, int64_t end) {
+      backward_tasks<E, T>(begin, end, n, d, queries, keys, values, prefix_keys, prefix_values, sums, scale, to);
+    });
+  });
+  return {dq, dk, dv, dk_prefix, dv_prefix};
+}
+
+}  // namespace
+}  // namespace ldm_sg
+
+STABLE_TORCH_LIBRARY_IMPL(ldm_sg, CPU, m) {
+  m.impl("prefix_attention", TORCH_BOX(&ldm_sg::forward));
+  m.impl("prefix_attention_backward", TORCH_BOX(&ldm_sg::backward));
+}
