@@ -6,6 +6,7 @@ Used at every normalisation of the UNet. Source: Wu & He (2018); the modulation 
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_sg.ops import extension
+from ldm_sg.ops.group_norm_silu_tile import fits_registers, fits_shared_memory
 from ldm_sg.ops.table import FLOATS, Row, anything, choose
 
 
@@ -33,11 +35,17 @@ def group_norm_silu_reference(
     return (F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y).to(x.dtype)
 
 
-torch.library.define(
-    "ldm_sg::group_norm_silu",
+_FORWARD = (  # x contiguous or channels-last; mean, rstd (B, groups) float32
     "(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, float eps, bool silu)"
-    " -> (Tensor y, Tensor mean, Tensor rstd)",  # x contiguous or channels-last; mean, rstd (B, groups) float32
+    " -> (Tensor y, Tensor mean, Tensor rstd)"
 )
+_BACKWARD = (  # dy as x; s1, s2 (B, C) float32, see _gradients
+    "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift,"
+    " int groups, bool silu) -> (Tensor dx, Tensor s1, Tensor s2)"
+)
+for _suffix in ("", "_slab"):  # the second is csrc/cuda's part of the first
+    torch.library.define(f"ldm_sg::group_norm_silu{_suffix}", _FORWARD)
+    torch.library.define(f"ldm_sg::group_norm_silu{_suffix}_backward", _BACKWARD)
 
 
 @torch.library.register_fake("ldm_sg::group_norm_silu")
@@ -46,13 +54,6 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.new_empty(x.shape[0], groups, dtype=torch.float32)
     return torch.empty_like(x), mean, torch.empty_like(mean)
-
-
-torch.library.define(
-    "ldm_sg::group_norm_silu_backward",
-    "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift,"
-    " int groups, bool silu) -> (Tensor dx, Tensor s1, Tensor s2)",  # dy as x; s1, s2 (B, C) float32, see _gradients
-)
 
 
 @torch.library.register_fake("ldm_sg::group_norm_silu_backward")
@@ -86,6 +87,32 @@ def _gradients(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), dscale, dshift, None, None, None
 
 
+def _in_registers(x: Tensor, *given: Any) -> bool:
+    return x.dim() == 4 and fits_registers(x, given[4])
+
+
+def _in_shared_memory(x: Tensor, *given: Any) -> bool:
+    return x.dim() == 4 and not fits_registers(x, given[4]) and fits_shared_memory(x, given[4])
+
+
+@torch.library.impl("ldm_sg::group_norm_silu", "CUDA")
+def _forward_cuda(x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if _in_shared_memory(x, *given) and not extension.missing("cuda"):
+        return torch.ops.ldm_sg.group_norm_silu_slab(x, *given)
+    from ldm_sg.ops.group_norm_silu_triton import forward
+
+    return forward(x, *given)
+
+
+@torch.library.impl("ldm_sg::group_norm_silu_backward", "CUDA")
+def _backward_cuda(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if _in_shared_memory(x, *given) and not extension.missing("cuda"):
+        return torch.ops.ldm_sg.group_norm_silu_slab_backward(dy, x, mean, rstd, *given)
+    from ldm_sg.ops.group_norm_silu_triton import backward
+
+    return backward(dy, x, mean, rstd, *given)
+
+
 torch.library.register_autograd("ldm_sg::group_norm_silu", _gradients, setup_context=_save)
 
 
@@ -116,8 +143,13 @@ def _is_map(x: Tensor, *_: object) -> bool:
     return x.dim() == 4
 
 
+_TRITON, _CUDA = "ops/group_norm_silu_triton.py", "csrc/cuda/group_norm_silu.cu"
+_NO_TRITON = "" if importlib.util.find_spec("triton") else "there is no triton: pip install triton"
 TABLE = (
     Row("cpu", FLOATS, "(B, C, H, W)", _is_map, "csrc/cpu/group_norm_silu.cpp", _fused, extension.missing("cpu")),
+    Row("cuda", FLOATS, "a group fits into registers", _in_registers, f"{_TRITON}, 1 read", _fused, _NO_TRITON),
+    Row("cuda", FLOATS, "into shared memory", _in_shared_memory, _CUDA, _fused, extension.missing("cuda")),
+    Row("cuda", FLOATS, "(B, C, H, W)", _is_map, f"{_TRITON}, 2 reads", _fused, _NO_TRITON),
     Row("any", None, "all else", anything, "plain torch", group_norm_silu_reference),
 )
 

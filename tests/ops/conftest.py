@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -18,10 +19,13 @@ def interpreted() -> Iterator[Callable[..., Any]]:
     """Call a module-level function in a process where Triton interprets its kernels: interpreted(function, *args).
 
     It has to be another process, since Triton reads TRITON_INTERPRET when it is imported. Arguments and results are
-    pickled; tensors are CPU tensors. bf16: the interpreter truncates instead of rounding; upcast every load.
+    pickled; tensors are CPU tensors, and new ones hold NaN until a kernel writes them. bf16: the interpreter truncates
+    instead of rounding; upcast every load.
     """
     pytest.importorskip("triton", reason="torch brings no triton on this platform")
-    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    poison = {"initializer": torch.use_deterministic_algorithms, "initargs": (True,)}
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, spawn, **poison) as pool:
         patch.setenv("TRITON_INTERPRET", "1")  # inherited when the first call starts the process
         yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
 
