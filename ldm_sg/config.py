@@ -62,6 +62,7 @@ class AnnotateConfig:
     kind: str = "clusters"  # of the column that is added: annotate/columns.py lists the others
     column: str | None = None  # to train on; None takes the newest cluster column
     seed: int = 0  # of k-means
+    spherical: bool = False  # k-means by cosine: centroids are kept at length 1
     limit: int | None = None  # use only the first so many images; None means all
     max_bad: float = 0.10  # share of unreadable images above which annotation gives up
     shard_rows: int = 1024  # images per shard: what a killed annotation loses at most

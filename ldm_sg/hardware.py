@@ -19,6 +19,12 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
+def decode_threads() -> int:
+    """Share this process's cores among the processes that torchrun started here: how many decode images, 2 to 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, max(2, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def cpu_flags() -> set[str]:
     """List the CPU's feature flags as Linux names them; empty elsewhere."""
     path = Path("/proc/cpuinfo")

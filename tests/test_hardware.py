@@ -46,3 +46,11 @@ def test_no_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.Path, "exists", lambda self: False)
     assert hardware.cpu_flags() == set()
     assert "no vector units" in hardware.describe(CPU)
+
+
+def test_decoding_shares_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(12)), raising=False)
+    for processes, expected in ((None, 12), ("1", 12), ("4", 3), ("12", 2)):
+        if processes:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert hardware.decode_threads() == expected

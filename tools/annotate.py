@@ -42,6 +42,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--column", help="name of the column; default k<K>, boxes-k<K>, masks<K>, ...")
     made.add_argument("--limit", type=int, metavar="N", help="use only the first N images")
     made.add_argument("--seed", type=int, help="of k-means; default 0")
+    made.add_argument("--spherical", action="store_true", default=None, help="k-means by cosine")
     made.add_argument(
         "--features", metavar="NAME", help="patch-quantiles, a timm or Hugging Face name, or a checkpoint"
     )
@@ -68,6 +69,7 @@ def configure(args: argparse.Namespace) -> AnnotateConfig:
         "column",
         "limit",
         "seed",
+        "spherical",
         "features",
         "autoencoder",
         "size_px",

@@ -1,7 +1,9 @@
 """A small network trained on the images themselves by self-distillation: g where ImageNet's weights are wrong.
 
 A student sees large and small crops, a slowly following teacher the large ones; the student learns to say of every crop
-what the teacher says of another crop of the same image. The teacher is saved in timm's layout, for `load_backbone`.
+what the teacher says of another crop of the same image. Three things keep small data sets and short trainings from
+ending where every crop gets the same answer: a sharp teacher, a head that normalises over the batch, and features of
+different images that are pushed apart. The teacher is saved in timm's layout, for `load_backbone`.
 Every step is a function of (images, recipe, step): a training that was stopped goes on as if it had not been.
 """
 
@@ -11,7 +13,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm_sg.data import ImageSource, batches, to_model_range
-from ldm_sg.hardware import autocast, choose_device, choose_dtype
+from ldm_sg.hardware import autocast, choose_device, choose_dtype, decode_threads
 
 ARCHITECTURE = "vit_tiny_patch16_224"  # timm's, with the recipe's sizes
 GLOBAL, LOCAL = (0.4, 1.0), (0.1, 0.4)  # shares of the image's area in large and small crops
-WORKERS = 2  # decoding threads
 KEEP_EVERY = 100  # steps between checkpoints
 PROTOTYPES, HIDDEN, BOTTLENECK = 1024, 512, 128  # of the head; the paper's 65,536 are for ImageNet
 WARMUP = 0.1  # share of the steps in which the learning rate rises
-MOMENTUM = 0.99  # of the teacher at the start, 1 at the end
+MEMORY = 0.05  # share of the steps that the teacher averages over at the start; all that are left at the end
+FASTEST = 0.05  # share of the student in the teacher's step, at most
+TEMPERATURE = 0.02  # of the teacher; half the paper's, which decays to a uniform answer here
+SPREAD = 0.1  # weight of the loss that pushes images apart, as in DINOv2
 CLIP = 3.0  # gradient norm
 
 
@@ -64,22 +68,24 @@ class Training:
         recipe: what to train.
     Raises:
         ValueError: if lightly is missing.
-    Source: Caron et al. (2021), DINO, algorithm 1; loss and heads are lightly's.
+    Source: Caron et al. (2021), DINO, algorithm 1; Oquab et al. (2023), DINOv2, section 4, for `SPREAD`; losses and
+        heads are lightly's.
     """
 
     def __init__(self, recipe: Recipe):
         try:
-            from lightly.loss import DINOLoss
+            from lightly.loss import DINOLoss, KoLeoLoss
         except ImportError as error:
             raise ValueError(f"training features needs {error.name}: pip install 'ldm_sg[features]'") from error
         self.recipe, self.device, self.step = recipe, choose_device(), 0
         self.student, self.teacher = (_network(recipe).to(self.device) for _ in range(2))
         self.teacher.requires_grad_(False)
-        self.loss = DINOLoss(PROTOTYPES).to(self.device)
+        self.loss = DINOLoss(PROTOTYPES, teacher_temp=TEMPERATURE).to(self.device)
+        self.spread = KoLeoLoss()
         self.optimizer = torch.optim.AdamW(self.student.parameters(), weight_decay=recipe.weight_decay)
 
     def update(self, x: Tensor) -> float:
-        """Take one step on a batch (B, 3, S, S) in [-1, 1]; give its loss, in nats."""
+        """Take one step on a batch (B, 3, S, S) in [-1, 1], B at least 2; give its cross-entropy, in nats."""
         from lightly.models.utils import update_momentum
 
         recipe, done = self.recipe, self.step / self.recipe.steps
@@ -88,15 +94,20 @@ class Training:
         with autocast(self.device, choose_dtype("auto", self.device) if self.device.type == "cuda" else torch.float32):
             with torch.no_grad():
                 targets = [self.teacher(crop).float() for crop in crops[:2]]
-            answers = [self.student(crop).float() for crop in crops]
+            features = [self.student[0](crop) for crop in crops]
+            answers = [self.student[1](feature).float() for feature in features]
+        if self.step == 0:  # from zero, the centre would take its first steps to what all images have in common
+            self.loss.center.copy_(torch.stack(targets).mean((0, 1)))
         loss = self.loss(targets, answers)
+        spread = torch.stack([self.spread(feature.float()) for feature in features[:2]]).sum()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + SPREAD * spread).backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * min((self.step + 1) / (WARMUP * recipe.steps), (1 + math.cos(math.pi * done)) / 2)
         self.optimizer.step()
-        update_momentum(self.student, self.teacher, 1 - (1 - MOMENTUM) * (1 + math.cos(math.pi * done)) / 2)
+        follow = min(FASTEST, 1 / (MEMORY * recipe.steps)) * (1 + math.cos(math.pi * done)) / 2
+        update_momentum(self.student, self.teacher, 1 - follow)
         self.step += 1
         return loss.item()
 
@@ -146,7 +157,7 @@ def _network(recipe: Recipe) -> nn.Sequential:
         warnings.simplefilter("ignore", FutureWarning)  # of torch: lightly's head has its older weight_norm
         torch.manual_seed(recipe.seed)
         backbone = timm.create_model(ARCHITECTURE, num_classes=0, dynamic_img_size=True, **recipe.network())
-        return nn.Sequential(backbone, DINOProjectionHead(recipe.width, HIDDEN, BOTTLENECK, PROTOTYPES))
+        return nn.Sequential(backbone, DINOProjectionHead(recipe.width, HIDDEN, BOTTLENECK, PROTOTYPES, True))
 
 
 def train_backbone(source: ImageSource, out: Path, recipe: Recipe) -> list[float]:
@@ -159,8 +170,10 @@ def train_backbone(source: ImageSource, out: Path, recipe: Recipe) -> list[float
     Returns:
         The loss of every step taken now, in nats.
     Raises:
-        ValueError: if `out` holds another training, or a whole batch of images cannot be read.
+        ValueError: if `out` holds another training, or a batch has fewer than two images that can be read.
     """
+    if len(source.keys) < 2:
+        raise ValueError("got 1 image, expected at least 2: images are told from each other")
     out.mkdir(parents=True, exist_ok=True)
     training, losses = Training(recipe), []
     training.resume(out)
@@ -192,28 +205,39 @@ def _crops(x: Tensor, area: tuple[float, float], side: int, generator: torch.Gen
     def draw(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(len(x), *shape, generator=generator)
 
-    scale = draw(*area).sqrt()  # of the image's side
-    mirror = draw(0, 1, 2).sub(0.5).sign()
-    centre = draw(-1, 1, 2) * (1 - scale)[:, None]
-    matrix = torch.zeros(len(x), 2, 3)
-    matrix[:, [0, 1], [0, 1]] = scale[:, None] * mirror
-    matrix[:, :, 2] = centre
-    grid = F.affine_grid(matrix, [len(x), 3, side, side], align_corners=False)
-    crops = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    gain, shift = draw(0.6, 1.4, 1, 1, 1) * draw(0.9, 1.1, 3, 1, 1), draw(-0.3, 0.3, 1, 1, 1)
+    whole = x.shape[-1]
+    sides = (draw(*area).sqrt() * whole).round().long().clamp(1, whole)
+    corners = (draw(0, 1, 2) * (whole - sides + 1)[:, None]).long()
+    crops = torch.cat(
+        [
+            F.interpolate(image[None, :, top : top + s, left : left + s], (side, side), mode="bilinear", antialias=True)
+            for image, s, (top, left) in zip(x, sides.tolist(), corners.tolist())
+        ]
+    )
+    for axis in (2, 3):
+        crops = torch.where(draw(0, 1, 1, 1, 1) < 0.5, crops.flip(axis), crops)
+    return _recoloured(crops, draw)
+
+
+def _recoloured(crops: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+    """Change brightness, contrast and tint of all, take the colour of a fifth and the sharpness of a third away."""
+    grey = crops.mean(1, keepdim=True)
+    crops = torch.where(draw(0, 1, 1, 1, 1) < 0.2, grey, crops)
     smooth = F.avg_pool2d(F.pad(crops, (1, 1, 1, 1), mode="replicate"), 3, 1)
     crops = torch.where(draw(0, 1, 1, 1, 1) < 0.3, smooth, crops)
-    return (crops * gain + shift).clamp(-1, 1)
+    middle = grey.mean((2, 3), keepdim=True)
+    contrast, brightness, tint = draw(0.5, 1.5, 1, 1, 1), draw(-0.5, 0.5, 1, 1, 1), draw(-0.3, 0.3, 3, 1, 1)
+    return ((crops - middle) * contrast + middle + brightness + tint).clamp(-1, 1)
 
 
 def _stream(source: ImageSource, recipe: Recipe, start: int) -> Iterator[Tensor]:
     """Batches (B, 3, S, S) for the steps from `start` on; each step draws its own images."""
     keys = [source.keys[i] for step in range(start, recipe.steps) for i in _draw(len(source.keys), recipe, step)]
     batch_size = min(len(source.keys), recipe.batch_size)
-    for batch in batches(source, keys, 2 * recipe.size_px, batch_size, WORKERS):
-        if not batch["keys"]:
-            key, reason = batch["bad"][0]
-            raise ValueError(f"none of {len(batch['bad'])} images can be read, the first: {key}: {reason}")
+    for batch in batches(source, keys, 2 * recipe.size_px, batch_size, decode_threads()):
+        if (good := len(batch["keys"])) < 2:
+            (key, reason), count = batch["bad"][0], good + len(batch["bad"])
+            raise ValueError(f"{good or 'none'} of {count} images can be read, the first that cannot: {key}: {reason}")
         yield to_model_range(batch["image"])
 
 

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from ldm_sg.config import AnnotateConfig
 from ldm_sg.data import ImageSource, batches, to_model_range
+from ldm_sg.hardware import decode_threads
 from ldm_sg.store import Leases, StoreWriter
 from ldm_sg.store.manifest import latest_generation
 
-WORKERS = 2  # decoding threads
+WORKERS = decode_threads()
 POLL_S = 0.2  # between two looks at what other processes have finished
 
 Batches = Iterator[dict[str, Any]]

@@ -244,7 +244,7 @@ def add_clusters(job: Job, k: int) -> None:
         "algorithm": "k-means",
         "num_clusters": k,
         "seed": job.config.seed,
-        **settings(k),
+        **settings(k, job.config.spherical),
         "features": read_manifest(folder)["assets"]["features"]["sha256"],
         "normalised": "L2",
     }
@@ -259,7 +259,8 @@ def write_clusters(store: Store, name: str, provenance: dict[str, Any]) -> int:
     """Cluster the features of a store as `provenance` says, and add the column; returns the generation that has it."""
     began = time.perf_counter()
     rows = ProjectedRows(store, stored_projection(store))
-    clusters = fit_kmeans(rows, provenance["num_clusters"], provenance["seed"])
+    k, seed = provenance["num_clusters"], provenance["seed"]
+    clusters = fit_kmeans(rows, k, seed, spherical=provenance["spherical"])
     report = {
         "inertia": clusters.inertia,
         "sizes": clusters.sizes.tolist(),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 DIRECTIONS = 16  # kept; how this and POWER were chosen: docs/results.md
 POWER = 0.25  # 0 leaves a direction's variance at its signal-to-noise ratio, 1 makes all alike
+MOMENT_ROWS = 256  # raw features that are float64 at once
 SHRINK = 0.1  # of the within-view covariance towards a multiple of the identity
 
 
@@ -64,12 +65,15 @@ def feature_moments(shards: Iterable[np.ndarray]) -> Moments:
     Args:
         shards: (n, D) each, float16 or float32; at least one, and at least one row in all.
     Returns:
-        The moments of all rows: float64 sums of each part, combined in their order.
+        The moments of all rows, in float64, added up in their order.
     """
     count, total, products = 0, torch.zeros(()), torch.zeros(())
-    for rows in shards:
+    for rows in (part[i : i + MOMENT_ROWS] for part in shards for i in range(0, len(part), MOMENT_ROWS)):
         x = torch.from_numpy(rows.astype(np.float64))
-        count, total, products = count + len(x), total + x.sum(0), products + x.T @ x
+        if not count:
+            total, products = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
+        count, total = count + len(x), total + x.sum(0)
+        products.addmm_(x.T, x)
     return Moments(count, total, products)
 
 

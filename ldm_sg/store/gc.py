@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ldm_sg.store.files import walk
 from ldm_sg.store.format import SUFFIX, sync_folder
+from ldm_sg.store.lease import Leases
 from ldm_sg.store.manifest import file_records, generations, manifest_path, read_manifest
 
 KEEP = 5
@@ -33,7 +34,8 @@ def leftovers(folder: str | Path, keep: int = KEEP, grace_s: float = GRACE_S) ->
     Args:
         folder: the store.
         keep: how many of the newest generations stay whole.
-        grace_s: files that changed in the last so many seconds stay, as a writer may be about to commit them.
+        grace_s: files that changed in the last so many seconds stay, as a writer may be about to commit them; older
+            ones stay as well while an annotation is at work, which may go on with the shards of one that stood still.
     Returns:
         them, sorted by name: older generations first, then the rest; files that are not of the store's format
         are never among them.
@@ -50,6 +52,8 @@ def leftovers(folder: str | Path, keep: int = KEEP, grace_s: float = GRACE_S) ->
     for generation in kept:
         needed |= {record["file"] for record in file_records(read_manifest(folder, generation))}
     cut, old = kept[0], []
+    if (folder / WORK).is_dir() and Leases(folder / WORK).held():
+        needed |= {name for name, _ in found if name.startswith((*PLACES, WORK))}
     for name, info in found:
         reason = None if name in needed else _reason(name, cut)
         if reason and info.st_mtime < time.time() - grace_s:

@@ -68,6 +68,10 @@ class Leases:
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):  # nobody has taken it over
                     os.unlink(file.name)
 
+    def held(self) -> bool:
+        """Say whether a living process has any of them."""
+        return any(not self._expired(path) for path in self.folder.glob("*.lease"))
+
     def sweep(self) -> None:
         """Delete what dead processes left."""
         for path in self.folder.glob("*.lease"):
@@ -104,8 +108,8 @@ class Leases:
         except FileNotFoundError:
             return True
         try:
-            owner = json.loads(text)
-        except ValueError:  # it is being written, or its writer died over it
+            owner = {**json.loads(text)}
+        except (ValueError, TypeError):  # it is being written, or its writer died over it
             owner = {"seconds": self.seconds}
         return _is_dead(owner) or self._now() - last > owner["seconds"]
 

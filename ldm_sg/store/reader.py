@@ -7,7 +7,6 @@ they are started. Format: docs/store.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from ldm_sg.store.files import Files, LocalFiles, Record
 from ldm_sg.store.format import DTYPES, Place, Tensors, hash_shards, map_file, unpack_keys
 from ldm_sg.store.manifest import Manifest, file_records, latest_generation, read_manifest
 from ldm_sg.store.remote import RemoteFiles, is_url
-from ldm_sg.store.shards import SHARDS, Access, Buffers, Shard, choose_access, find_runs, max_open_shards
+from ldm_sg.store.shards import SHARDS, Access, Shard, choose_access, find_runs, max_open_shards
 from ldm_sg.store.verify import verify
 
 
@@ -36,7 +35,6 @@ class Store:
         self._starts = self._ends - rows
         self._max_open = _max_open(files, manifest)
         self._opened: dict[int, Shard] = {}  # the one used last is last
-        self._buffers = Buffers()
         self._columns: Tensors = {}
         self._keys: list[str] | None = None
 
@@ -199,10 +197,11 @@ class Store:
 
     def _gather(self, names: list[str], shards: np.ndarray, rows: np.ndarray) -> Tensors:
         opened = self._open_shards(np.unique(shards).tolist())
-        widths = {name: self._dtype(name).itemsize * math.prod(self._shape(name)) for name in names}
-        out = {name: self._buffers.take(len(rows) * width) for name, width in widths.items()}
-        SHARDS[self.access].gather(opened, find_runs(shards, rows), widths, out)  # type: ignore[arg-type]
-        return {name: np.frombuffer(out[name], self._dtype(name)).reshape(-1, *self._shape(name)) for name in names}
+        out = {name: np.empty((len(rows), *self._shape(name)), self._dtype(name)) for name in names}
+        slots = {name: array.reshape(-1).view(np.uint8).data for name, array in out.items()}
+        widths = {name: array[:1].nbytes for name, array in out.items()}
+        SHARDS[self.access].gather(opened, find_runs(shards, rows), widths, slots)  # type: ignore[arg-type]
+        return out
 
     def _open_shards(self, numbers: list[int]) -> dict[int, Shard]:
         """Return open shards, and close those that were used longest ago."""

@@ -9,30 +9,20 @@ from __future__ import annotations
 import mmap
 import os
 import resource
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal
 
 import numpy as np
 
 from ldm_sg.store.format import map_file, read_layout
 
 Access = Literal["mmap", "pread"]
+Run = tuple[int, int, int, int]  # shard, its first row of the run, that row's place in the request, how many follow on
 Slots = dict[str, memoryview]  # where the rows of each tensor go, one after the other
 
 MAX_MAPS = 16_384  # a process may have 65,530 maps on Linux
-KEPT_BUFFERS, SMALLEST_KEPT, LARGEST_KEPT = 4, 1 << 16, 1 << 24  # bytes; malloc itself is good at small ones
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-class Run(NamedTuple):
-    """Rows that follow each other in a shard and in what is asked for."""
-
-    shard: int
-    row: int  # the first of them in the shard
-    at: int  # the place of the first in the request
-    count: int
 
 
 def find_runs(shards: np.ndarray, rows: np.ndarray) -> list[Run]:
@@ -49,49 +39,7 @@ def find_runs(shards: np.ndarray, rows: np.ndarray) -> list[Run]:
     broken = (np.diff(shards) != 0) | (np.diff(rows) != 1) | (np.diff(order) != 1)
     first = np.flatnonzero(np.append(True, broken)[: len(order)])
     counts = np.diff(np.append(first, len(order)))
-    return [*map(Run, *(part.tolist() for part in (shards[first], rows[first], order[first], counts)))]
-
-
-class Buffers:
-    """Memory for rows, used again when no array looks at it any more.
-
-    Fresh memory is what reading costs most: the kernel clears every page of it, which takes six times as long as
-    copying 8 KB rows into it.
-    """
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        self._kept: deque[bytearray] = deque(maxlen=KEPT_BUFFERS)
-
-    def take(self, num_bytes: int) -> memoryview:
-        """Give writable memory; it stays the caller's for as long as this view, or an array over it, lives."""
-        if not SMALLEST_KEPT <= num_bytes <= LARGEST_KEPT:
-            return memoryview(bytearray(num_bytes))
-        buffer = self._find(num_bytes) or bytearray(num_bytes + 1)
-        view = memoryview(buffer)[:num_bytes]
-        self._kept.append(buffer)
-        return view
-
-    def _find(self, num_bytes: int) -> bytearray | None:
-        for _ in range(len(self._kept)):
-            try:
-                buffer = self._kept.popleft()  # out of the reach of other threads
-            except IndexError:
-                return None
-            if num_bytes < len(buffer) <= 2 * num_bytes and _is_free(buffer):
-                return buffer
-            self._kept.append(buffer)
-        return None
-
-
-def _is_free(buffer: bytearray) -> bool:
-    """Say whether nothing looks at a buffer: Python refuses to resize one whose memory is in use."""
-    try:
-        buffer.pop()
-    except BufferError:
-        return False
-    buffer.append(0)
-    return True
+    return [*zip(*(part.tolist() for part in (shards[first], rows[first], order[first], counts)))]
 
 
 class MappedShard:

@@ -270,6 +270,7 @@ def follow_store(config: Config, facts: StoreFacts) -> Config:
         clusters=[facts.num_clusters],
         column=facts.column,
         seed=int(facts.provenance.get("seed", 0)),
+        spherical=bool(facts.provenance.get("spherical")),
     )
     return replace(config, annotate=annotate)
 

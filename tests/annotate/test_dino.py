@@ -74,5 +74,5 @@ def test_saved_teacher_is_a_backbone(image_folder: Path, tmp_path: Path) -> None
 def test_unreadable_folder_is_refused(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"none of 3 images can be read, the first: \d.png"):
+    with pytest.raises(ValueError, match=r"none of 3 images can be read, the first that cannot: \d.png"):
         train_backbone(open_source(str(tmp_path)), tmp_path / "out", TINY)

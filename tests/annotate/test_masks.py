@@ -267,14 +267,14 @@ def test_probe_finds_directions_and_leaves_the_head_alone() -> None:
     lengths, noise = (torch.rand(9, 4, 4, n, generator=rng) for n in (1, 8))
     features = directions[kinds] * (0.5 + lengths) + 0.1 * (noise - 0.5)
     before = {name: t.clone() for name, t in head.state_dict().items()}
-    options = StegoOptions(steps=300, batch_size=4)
+    options = StegoOptions(steps=600, batch_size=4)
     found = train_probe(head, lambda ids: features[torch.from_numpy(ids)], 9, 3, 0, options)
     assert all(torch.equal(t, before[name]) for name, t in head.state_dict().items())
     torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
     cosines = F.normalize(head.linear(directions), dim=1) @ found.T
     assert sorted(cosines.argmax(1).tolist()) == [0, 1, 2] and cosines.amax(1).min() > 0.99
     start = train_probe(head, lambda ids: features[torch.from_numpy(ids)], 9, 3, 0, StegoOptions(steps=0, batch_size=4))
-    assert probe_loss(head(features), found) <= probe_loss(head(features), start) + 1e-5
+    assert probe_loss(head(features), found) <= probe_loss(head(features), start) + 1e-4
 
 
 def test_segmenter_survives_the_store_and_the_stage_uses_it(features: Tensor) -> None:

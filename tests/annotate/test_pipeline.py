@@ -109,6 +109,17 @@ def test_another_seed_needs_another_column(image_folder: Path, tmp_path: Path) -
     assert run(image_folder, tmp_path / "store", seed=1, column="again").columns == ["k3", "again"]
 
 
+def test_spherical_clusters_are_a_column_of_their_own(image_folder: Path, tmp_path: Path) -> None:
+    run(image_folder, tmp_path / "store")
+    with pytest.raises(ValueError, match="'k3' exists with another spherical: give another --column"):
+        run(image_folder, tmp_path / "store", spherical=True)
+    store = run(image_folder, tmp_path / "store", spherical=True, column="by-cosine")
+    centroids = store.asset("clusters-by-cosine")[0]["centroids"]
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-6)
+    features = stored_projection(store)(store.read_all("feature"))
+    np.testing.assert_array_equal(store.column("by-cosine"), (features @ centroids.T).argmax(1))
+
+
 @pytest.mark.parametrize("change", [{"limit": 20}, {"size_px": 80}, {"latent_channels": 8}, {"shard_rows": 9}])
 def test_other_rows_need_another_store(tiny_store: Store, change: dict[str, Any]) -> None:
     folder = Path(tiny_store.manifest["provenance"]["dataset"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_sg.store import Store, StoreWriter, commit, verify, write_column
+from ldm_sg.store import Leases, Store, StoreWriter, commit, verify, write_column
 from ldm_sg.store.gc import collect, leftovers
 from ldm_sg.store.manifest import Manifest, latest_generation
 
@@ -56,12 +56,14 @@ def test_old_generations_and_what_only_they_name(folder: Path) -> None:
     assert names(folder, keep=1) == [f"manifest-00000{g}.json" for g in (1, 2, 3)] + ["columns/b-00000"]
 
 
-def test_old_shards_that_are_about_to_be_committed_stay(tmp_path: Path) -> None:
-    folder, writer = tmp_path / "store", StoreWriter(tmp_path / "store", "ab" * 32)
-    writer.write_shard(0, ["a"], {"latent": LATENT[:1]})
+def test_old_shards_stay_while_an_annotation_is_at_work(folder: Path) -> None:
+    StoreWriter(folder, "ab" * 32).write_shard(2, ["6"], {"latent": LATENT[:1]})
     age(folder)
-    StoreWriter(folder, "ab" * 32).commit(1, {})
-    assert time.time() - (folder / "shards/abababab-00000.safetensors").stat().st_mtime < 3600
+    assert "shards/abababab-00002.safetensors" in names(folder, keep=1)
+    with Leases(folder / "work").take("encode-00003") as mine:
+        assert mine
+        assert names(folder, keep=1) == [f"manifest-00000{g}.json" for g in (1, 2, 3)]
+    assert "shards/abababab-00002.safetensors" in names(folder, keep=1)
 
 
 def test_leftovers_of_dead_writers(folder: Path) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from ldm_sg.store import Store, StoreWriter, shards
 from ldm_sg.store.format import write_tensors
-from ldm_sg.store.shards import SHARDS, Buffers, PreadShard, choose_access, find_runs
+from ldm_sg.store.shards import SHARDS, PreadShard, choose_access, find_runs
 
 LATENT = np.random.default_rng(0).standard_normal((50, 3, 5)).astype(np.float16)
 LABEL = np.arange(50, dtype=np.int64)
@@ -57,37 +56,6 @@ def test_runs_cover_a_request_once_and_join_neighbours() -> None:
         assert (found[:, at : at + count] == -1).all()
         found[:, at : at + count] = np.full(count, shard), np.arange(row, row + count)
     np.testing.assert_array_equal(found, [shards, rows])
-
-
-def test_memory_is_used_again_when_no_array_looks_at_it() -> None:
-    buffers = Buffers()
-    size = 100_000
-
-    def address(view: memoryview) -> int:
-        return np.frombuffer(view, np.uint8).ctypes.data
-
-    first = np.frombuffer(buffers.take(size), np.uint8)
-    kept, at = torch.from_numpy(first[10:20]), first.ctypes.data  # a tensor over a slice of it holds the memory
-    del first
-    others = [np.frombuffer(buffers.take(size), np.uint8) for _ in range(2)]
-    assert len({at, *(other.ctypes.data for other in others)}) == 3
-    del kept
-    assert address(buffers.take(size - 5)) == at  # a little less fits too
-    assert address(buffers.take(size // 4)) != at  # much less does not
-    assert address(buffers.take(size)) == at
-
-
-def test_a_batch_outlives_the_next_ones(tmp_path: Path) -> None:
-    writer, values = StoreWriter(tmp_path, "ab" * 32), np.arange(64 * 4096, dtype=np.int32).reshape(64, 4096)
-    writer.write_shard(0, [str(row) for row in range(64)], {"x": values})
-    writer.commit(1, {})
-    for access in ("mmap", "pread"):
-        store, rng, batches = Store.open(tmp_path, access=access), np.random.default_rng(0), []
-        for _ in range(12):
-            rows = rng.integers(0, 64, 8)
-            batches = [*batches[-5:], (rows, store.read(["x"], rows)["x"])]
-            for rows, read in batches:
-                np.testing.assert_array_equal(read, values[rows])
 
 
 def test_whole_tensor(shard: Any) -> None:
