@@ -40,4 +40,4 @@ def test_printed_reader_reads_a_store(folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_every_field_of_the_manifest_is_described(folder: Path) -> None:
     written = json.loads((folder / "manifest-000002.json").read_bytes())
-    assert set(written) == set(re.findall(r"^\| `(\w+)` \|", TEXT, re.M))
+    assert set(written) == set(re.findall(r"^\| `(\w+)` \|", TEXT.partition("| kind |")[0], re.M))

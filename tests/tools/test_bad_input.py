@@ -125,10 +125,10 @@ def test_full_disk(refused: Any, tool: Any, tiny_store: Store, tmp_path: Path) -
         *command, configs=configs, full_at=("os:replace", 6)
     )  # in the second shard, after 3 of sums and one of weights
     assert "no room to write" in line and "free space, then run the same command" in line
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "store" / "shards").iterdir()}
+    finished = {path: path.stat().st_ino for path in (tmp_path / "store" / "shards").iterdir()}
     assert len(finished) == 2
     assert tool(*command, configs=configs).returncode == 0
-    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+    assert all(path.stat().st_ino == inode for path, inode in finished.items())
 
 
 # train
