@@ -61,11 +61,10 @@ class UNet(nn.Module):
         super().__init__()
         self.channels, self.num_clusters, self.spatial_channels = channels, num_clusters, spatial_channels
         self.base, self.downsample, self.checkpointing = base, 2 ** (len(multipliers) - 1), checkpointing
-        guided = num_clusters > 0
+        guided, embed_width = num_clusters > 0, 4 * base + EMBED_WIDTH * (num_clusters > 0)
         self.time_embed = nn.Sequential(nn.Linear(base, 4 * base), nn.SiLU(), nn.Linear(4 * base, 4 * base))
         self.label_embed = guidance_embedding(num_clusters) if guided else None
         self.tokens = GuidanceTokens(num_clusters) if guided and tokens else None
-        embed_width = 4 * base + EMBED_WIDTH * guided
         self.statistics = LatentStatistics(channels, 4 * base) if wiener else None
         self.filter = WienerFilter(channels, embed_width) if wiener else None
 

@@ -37,7 +37,8 @@ from ldm_sg.sample.kept import Kept
 from ldm_sg.sample.requests import Request, labels
 from ldm_sg.sample.seeds import SeededNoise
 from ldm_sg.train.checkpoint import load_weights
-from ldm_sg.train.run import Run, build_network, build_run_schedule, network_settings
+from ldm_sg.train.network import build_network, build_run_schedule, network_settings
+from ldm_sg.train.run import Run
 
 
 class Sampler:

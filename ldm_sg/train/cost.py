@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_sg.config import AnnotateConfig, Config, ModelConfig, SampleConfig
 from ldm_sg.model import UNet
-from ldm_sg.train.run import Space, StoreFacts, build_network
+from ldm_sg.train.network import build_network
+from ldm_sg.train.run import Space, StoreFacts
 
 SD_CHANNELS, SD_DOWNSAMPLE = 4, 8  # of kl-f8 and taesd as published
 

@@ -15,16 +15,8 @@ from ldm_sg.config import Config, ModelConfig
 from ldm_sg.model.compvis import averaged_name, convert, settings_of
 from ldm_sg.train.checkpoint import save_checkpoint
 from ldm_sg.train.ema import EMA
-from ldm_sg.train.run import (
-    Run,
-    StoreFacts,
-    build_network,
-    build_run_schedule,
-    complete_folder,
-    network_settings,
-    open_run,
-    write_run,
-)
+from ldm_sg.train.network import build_network, build_run_schedule, network_settings
+from ldm_sg.train.run import Run, StoreFacts, complete_folder, open_run, write_run
 from ldm_sg.weights import hash_weights, read_checkpoint, refuse_nonfinite
 
 NETWORK, AVERAGE, FIRST_STAGE = "model.diffusion_model.", "model_ema.diffusion_model", "first_stage_model."

@@ -25,9 +25,10 @@ from ldm_sg.train.checkpoint import load_checkpoint, save_checkpoint
 from ldm_sg.train.distributed import Processes
 from ldm_sg.train.ema import EMA
 from ldm_sg.train.guidance import Guidance
+from ldm_sg.train.network import build_network, build_run_schedule, network_settings
 from ldm_sg.train.order import batch_rows
 from ldm_sg.train.progress import Progress
-from ldm_sg.train.run import Run, build_network, build_run_schedule, network_settings
+from ldm_sg.train.run import Run
 
 SampleGrid = Callable[[Run, nn.Module, int], Path]
 """(run, network with averaged weights, step) -> path of the picture it wrote."""

@@ -27,7 +27,7 @@ from ldm_sg.sample.requests import Request
 from ldm_sg.store import Store
 from ldm_sg.train import Run, resume_or_create
 from ldm_sg.train.guidance import Guidance
-from ldm_sg.train.run import build_network
+from ldm_sg.train.network import build_network
 
 OPTIONS = SampleConfig(steps=2, n=4, micro_batch=4)
 

@@ -26,7 +26,7 @@ from ldm_sg.sample.requests import labels
 from ldm_sg.sample.seeds import SeededNoise
 from ldm_sg.store import Store
 from ldm_sg.train import Run, open_run, resume_or_create
-from ldm_sg.train.run import build_network
+from ldm_sg.train.network import build_network
 
 OPTIONS = SampleConfig(steps=3, scale=2.0, micro_batch=4)
 

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_sg.config import CONFIG_ROOT, AnnotateConfig, ModelConfig, SampleConfig, load_config
 from ldm_sg.train import Run
 from ldm_sg.train.cost import cost, count_gflops, forwards_per_image, planned_space
-from ldm_sg.train.run import Space, build_network
+from ldm_sg.train.network import build_network
+from ldm_sg.train.run import Space
 
 
 @pytest.mark.parametrize(

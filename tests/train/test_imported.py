@@ -19,7 +19,7 @@ from ldm_sg.model.compvis import convert
 from ldm_sg.sample import Sampler
 from ldm_sg.train import Run, open_run
 from ldm_sg.train.imported import UNUSED, import_checkpoint, take_apart
-from ldm_sg.train.run import build_network
+from ldm_sg.train.network import build_network
 
 pytest.importorskip("diffusers")
 SMALL = ("model.base=32", "model.multipliers=[1,2]", "model.attention=[2]", "model.num_blocks=1", "model.heads=4")

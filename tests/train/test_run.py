@@ -16,7 +16,8 @@ from ldm_sg.autoencoder import load_autoencoder
 from ldm_sg.config import Config
 from ldm_sg.store import Store
 from ldm_sg.train import Run, newest_run, open_run, resume_or_create
-from ldm_sg.train.run import build_network, facts_of, follow_store, list_runs
+from ldm_sg.train.network import build_network
+from ldm_sg.train.run import facts_of, follow_store, list_runs
 
 
 @pytest.fixture

@@ -109,7 +109,8 @@ def test_interrupted_then_the_same_again(whole: Path, tmp_path: Path, monkeypatc
     run(tmp_path / "cut", whole.parent / "images")
     assert records(tmp_path / "cut") == records(whole)
     for name in ("checkpoints/step-00000005/network.safetensors", "diffusion_pytorch_model.safetensors"):
-        assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes()
+        again, expected = load_file(tmp_path / "cut" / name), load_file(whole / name)
+        assert again.keys() == expected.keys() and all((again[n] == expected[n]).all() for n in expected)
 
 
 def test_pictures_come_on_time_and_are_of_held_out_images(whole: Path, tmp_path: Path) -> None:
