@@ -97,7 +97,6 @@ class ModelConfig:
     tokens: bool = False  # guidance tokens in the attention
     dropout: float = 0.0
     norm_groups: int = 32  # at most so many per normalisation
-    wiener: bool = False  # a linear path of each image's own around the network
     checkpointing: bool = False  # keep less for the backward pass and compute it again: slower, and less memory
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LATENT_NOISE = 0.05  # of a generator, in units of the channels' root mean squares; docs/results.md
+
 
 def patches(x: Tensor, patch_px: int) -> Tensor:
     """Cut images into patches.
@@ -117,7 +119,8 @@ def fit_decoder(autoencoder: PatchPCA, sample: Iterable[Tensor]) -> Tensor | Non
         autoencoder: whose latents are decoded.
         sample: batches (B, 3, H, W) in [-1, 1].
     Returns:
-        (3 p^2, C, 3, 3) float32, or None without images. What PCA drops of a patch its neighbours know in part.
+        (3 p^2, C, 3, 3) float32, or None without images. What PCA drops of a patch its neighbours know in part; and
+        as the latents are taken to carry white noise of LATENT_NOISE, they also mend what differs along the borders.
     """
     gram, target = None, None
     for x in sample:
@@ -128,7 +131,8 @@ def fit_decoder(autoencoder: PatchPCA, sample: Iterable[Tensor]) -> Tensor | Non
         target = (0 if target is None else target) + (z.T @ y).double()
     if gram is None or target is None:
         return None
-    ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    power = gram.diagonal()
+    ridge = torch.diag(LATENT_NOISE**2 * power + 1e-6 * power.mean())  # what white noise adds to the Gram matrix
     weights = torch.linalg.solve(gram + ridge, target).float()  # (9 C, 3 p^2)
     return weights.T.reshape(-1, autoencoder.channels, 3, 3)
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ldm_sg.model.attention import Attention
 from ldm_sg.model.blocks import ResBlock
 from ldm_sg.model.unet import UNet
-from ldm_sg.model.wiener import WienerFilter
 
 
 class FoldedLinear(nn.Module):
@@ -101,13 +100,13 @@ class BoundUNet(nn.Module):
         k, self.tokens = network.embed_guidance(label)
         k = F.silu(k)
         for module in list(self.network.modules()):
-            if isinstance(module, ResBlock | WienerFilter):
+            if isinstance(module, ResBlock):
                 module.embed = FoldedLinear(module.embed, k)
             if isinstance(module, Attention) and module.tokens is not None:
                 module.tokens = Constant(module.tokens(self.tokens))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        embedding = self.network.embed_time(x, time[:1])  # (1, 4 base), or B rows with the latents' statistics
+        embedding = self.network.embed_time(time[:1], x.dtype)  # (1, 4 base)
         if self.network.label_embed is None:
             embedding = embedding.expand(len(x), -1)  # nothing here has B rows yet
         return self.network.trunk(x, embedding, self.tokens, self.spatial)

@@ -18,7 +18,6 @@ from ldm_sg.model.blocks import ResBlock, Stage, time_features
 from ldm_sg.model.guidance import EMBED_WIDTH, GuidanceTokens, guidance_embedding
 from ldm_sg.model.init import zeroed
 from ldm_sg.model.norm import GroupNorm
-from ldm_sg.model.wiener import LatentStatistics, WienerFilter
 
 
 class UNet(nn.Module):
@@ -36,7 +35,6 @@ class UNet(nn.Module):
         tokens: whether guidance tokens join the attention.
         dropout: inside the residual blocks.
         norm_groups: at most so many per normalisation; few keep how bright and grainy a whole image is. ADM has 32.
-        wiener: whether each image's own statistics join the time, and filter the noisy latent past the network.
         checkpointing: whether training keeps only the stages' outputs and computes the rest again on the way back.
     Source: Dhariwal & Nichol (2021), section 3; Rombach et al. (2022), appendix; paper eq. 7, 8, 9 and table 11.
     """
@@ -55,7 +53,6 @@ class UNet(nn.Module):
         tokens: bool = False,
         dropout: float = 0.0,
         norm_groups: int = 32,
-        wiener: bool = False,
         checkpointing: bool = False,
     ):
         super().__init__()
@@ -65,8 +62,6 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(base, 4 * base), nn.SiLU(), nn.Linear(4 * base, 4 * base))
         self.label_embed = guidance_embedding(num_clusters) if guided else None
         self.tokens = GuidanceTokens(num_clusters) if guided and tokens else None
-        self.statistics = LatentStatistics(channels, 4 * base) if wiener else None
-        self.filter = WienerFilter(channels, embed_width) if wiener else None
 
         block = partial(ResBlock, embed_width=embed_width, dropout=dropout, norm_groups=norm_groups)
         attend = partial(Attention, heads=heads, has_tokens=self.tokens is not None, norm_groups=norm_groups)
@@ -116,7 +111,7 @@ class UNet(nn.Module):
             ValueError: if guidance is given that this network was built without, or shapes do not fit it.
         """
         self.check_guidance(label, spatial)
-        embedding, tokens = self.embed_time(x, time), None
+        embedding, tokens = self.embed_time(time, x.dtype), None
         if self.label_embed is not None:
             if label is None:
                 label = x.new_zeros(x.shape[0], self.num_clusters)
@@ -124,10 +119,9 @@ class UNet(nn.Module):
             embedding = torch.cat([embedding, k], dim=1)  # concat[t, k], Eq. 7
         return self.trunk(x, embedding, tokens, spatial)
 
-    def embed_time(self, x: Tensor, time: Tensor) -> Tensor:
-        """Embed times and latents: x (B, C, h, w), time (B,), or (1,) for all -> t (B or 1, 4 base)."""
-        embedding = self.time_embed(time_features(time, self.base).to(x.dtype))
-        return embedding if self.statistics is None else embedding + self.statistics(x)
+    def embed_time(self, time: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embed times: (B,) -> t (B, 4 base)."""
+        return self.time_embed(time_features(time, self.base).to(dtype))
 
     def embed_guidance(self, label: Tensor) -> tuple[Tensor, Tensor | None]:
         """Embed labels: (B, K) -> k (B, 256) and, where the network has them, tokens (B, 8, 32)."""
@@ -159,8 +153,7 @@ class UNet(nn.Module):
             if stage.block.resample == "none":
                 h = torch.cat([h, skips.pop()], dim=1)
             h = self._run(stage, h, embedding, tokens)
-        f = self.conv_out(self.norm_out(h)).float()
-        return f if self.filter is None else f + self.filter(x, embedding)
+        return self.conv_out(self.norm_out(h)).float()
 
     def _run(self, stage: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.checkpointing and self.training and torch.is_grad_enabled():

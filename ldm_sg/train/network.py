@@ -34,7 +34,6 @@ def build_network(config: ModelConfig, facts: StoreFacts | Space) -> UNet:
         tokens=config.tokens,
         dropout=config.dropout,
         norm_groups=config.norm_groups,
-        wiener=config.wiener,
         checkpointing=config.checkpointing,
     )
     if any(side % network.downsample for side in sides):

@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_sg.autoencoder import PatchPCA, PatchPCAFit, load_autoencoder
-from ldm_sg.autoencoder.patch_pca import patches
+from ldm_sg.autoencoder import PatchPCA, PatchPCAFit, load_autoencoder, patch_pca
+from ldm_sg.autoencoder.patch_pca import LATENT_NOISE, patches
 
 P, WIDTH = 4, 48  # patch side, values per patch
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def images(n: int = 12) -> Tensor:
@@ -85,7 +89,7 @@ def test_without_a_sample_the_decoder_is_the_encoder_transposed() -> None:
     torch.testing.assert_close(patches(made.decode(z), P), rows)
 
 
-def test_fitted_decoder_is_the_least_squares_optimum() -> None:
+def test_fitted_decoder_is_the_least_squares_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
     x, unseen = smooth(40), smooth(60)[40:]
     fitted = PatchPCAFit(P, 4)
     fitted.add(x)
@@ -95,14 +99,22 @@ def test_fitted_decoder_is_the_least_squares_optimum() -> None:
     around = np.stack([padded[:, :, i : i + 4, j : j + 6] for i in range(3) for j in range(3)], -1)
     around = around.transpose(0, 2, 3, 1, 4).reshape(-1, 4 * 9).astype(np.float64)
     rows = (patches(x, P) - wide.mean).reshape(-1, WIDTH).double().numpy()
-    best = np.linalg.lstsq(around, rows, rcond=None)[0]
+    noise = LATENT_NOISE * np.sqrt((around**2).sum(0))  # whose expected products are those of one row per latent
+    best = np.linalg.lstsq(np.concatenate([around, np.diag(noise)]), np.pad(rows, ((0, 36), (0, 0))), rcond=None)[0]
 
-    def error(made: PatchPCA, of: Tensor) -> float:
-        return float((made.decode(made.encode(of)) - of).double().square().sum())
+    def error(made: PatchPCA, of: Tensor, noise: float = 0) -> float:
+        z = made.encode(of)
+        z += noise * z.square().mean((0, 2, 3), keepdim=True).sqrt() * torch.randn(z.shape, generator=seeded())
+        return float((made.decode(z) - of).double().square().sum())
 
-    assert error(wide, x) == pytest.approx(((around @ best - rows) ** 2).sum(), rel=1e-3)
+    assert error(wide, x) == pytest.approx(((around @ best - rows) ** 2).sum(), rel=1e-4)
     assert error(wide, x) < 0.9 * error(alone, x)
     assert error(wide, unseen) < 0.9 * error(alone, unseen)
+    with monkeypatch.context() as patched:
+        patched.setattr(patch_pca, "LATENT_NOISE", 0.0)
+        exact = fitted.finish(x.split(7))
+    assert error(exact, x) < error(wide, x)
+    assert error(wide, unseen, LATENT_NOISE) < error(exact, unseen, LATENT_NOISE)
 
 
 def test_every_takes_one_patch_in_so_many() -> None:
