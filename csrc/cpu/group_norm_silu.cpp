@@ -15,7 +15,7 @@ namespace ldm_sg {
 namespace {
 
 constexpr int FOLD = 4 * LANES;
-constexpr int CHUNK = 32;                // rows summed in float before they join a double
+constexpr int CHUNK = 32;                // rows added up before they join the sum of all: fewer digits are lost
 constexpr int64_t IN_CACHE = 256 << 10;  // bytes that a task reads and writes, half of a small L2
 
 struct Shape {
@@ -28,24 +28,21 @@ struct Block {
   int64_t offset, rows, stride, columns;
 };
 
-// A number per channel of a task, padded so that whole vectors may be read at any channel.
-template <class E>
-struct Numbers {
-  std::vector<E> values;
-  explicit Numbers(int64_t count) : values(count + LANES) {}
-  E* at(int64_t channel) { return values.data() + channel; }
-  operator E*() { return values.data(); }
-};
+// What a task keeps: six numbers per channel, padded so that whole vectors may be read at any channel, and dz of 16-bit
+// types. Threads reuse it for task after task.
+class Scratch {
+ public:
+  Scratch(int64_t channels, int64_t values) : row_(channels + LANES), numbers_(6 * row_), kept(values ? new float[values] : nullptr) {}
+  float* of(int i) { return numbers_.data() + i * row_; }  // constants from 0 on
+  float* s1() { return of(4); }
+  float* s2() { return of(5); }
 
-// What a task keeps per channel. Threads reuse it for task after task.
-struct Scratch {
-  Numbers<float> of[4];
-  Numbers<double> s1, s2;
-  std::unique_ptr<float[]> kept;  // dz of 16-bit types, a number per value
+ private:
+  int64_t row_;
+  std::vector<float> numbers_;
 
-  Scratch(int64_t channels, int64_t values)
-      : of{Numbers<float>(channels), Numbers<float>(channels), Numbers<float>(channels), Numbers<float>(channels)},
-        s1(channels), s2(channels), kept(values ? new float[values] : nullptr) {}
+ public:
+  const std::unique_ptr<float[]> kept;
 };
 
 // Per-column constants of a block; `channel` is counted from the task's first.
@@ -55,8 +52,8 @@ struct Columns {
 
   Columns(bool channels_last, int64_t channel, Scratch& scratch) {
     for (int i = 0; i < 4; ++i) {
-      if (!channels_last) std::fill_n(folded[i], FOLD, *scratch.of[i].at(channel));
-      values[i] = channels_last ? scratch.of[i] : folded[i];
+      if (!channels_last) std::fill_n(folded[i], FOLD, scratch.of(i)[channel]);
+      values[i] = channels_last ? scratch.of(i) : folded[i];
     }
   }
 };
@@ -73,28 +70,12 @@ void for_blocks(const Shape& shape, int64_t first, int64_t count, const F& f) {
   }
 }
 
-inline VecD load_double(const double* p) {
-  VecD v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store_double(double* p, VecD v) { std::memcpy(p, &v, sizeof v); }
-inline VecD to_double(Vec v) { return __builtin_convertvector(v, VecD); }
+[[gnu::always_inline]] inline void add(float* total, Vec v, int lanes) { store(total, load(total, lanes) + v, lanes); }
 
-[[gnu::always_inline]] inline void add(double* total, Vec v, int lanes) {
-  if (lanes == LANES) {
-    store_double(total, load_double(total) + to_double(v));
-  } else {
-    for (int i = 0; i < lanes; ++i) total[i] += v[i];
-  }
-}
-
-double total(const double* values, int64_t count) {
-  VecD sums{};
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) sums += load_double(values + i);
+double total(const float* values, int64_t count) {
+  Vec sums{};
+  for_vectors(count, [&](int64_t i, auto lanes) { sums += load(values + i, lanes); });
   double sum = 0;
-  for (; i < count; ++i) sum += values[i];
   for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
   return sum;
 }
@@ -110,7 +91,7 @@ template <int N, class F>
 
 // Add each column's sum of x - shift and of its square.
 template <class T>
-void moments(const T* x, const Block& k, const float* shift, double* s1, double* s2) {
+void moments(const T* x, const Block& k, const float* shift, float* s1, float* s2) {
   for_chunks<4>(k, [=, stride = k.stride](int64_t row, int64_t rows, int64_t c, auto vectors, auto lanes) {
     constexpr int n = vectors;
     Vec centre[n], first[n] = {}, second[n] = {};
@@ -146,8 +127,8 @@ void apply(const T* x, T* y, const Block& k, const Columns& of) {
 
 // z of the forward again, dz = dy silu'(z) kept, and each column's sums of dz and dz xhat added.
 template <class T, bool SILU>
-void grad_sums(const T* x, const T* dy, float* dz, int64_t dz_stride, const Block& k, const Columns& of, double* s1,
-               double* s2) {
+void grad_sums(const T* x, const T* dy, float* dz, int64_t dz_stride, const Block& k, const Columns& of, float* s1,
+               float* s2) {
   const auto [means, rstds, gains, offsets] = of.values;
   for_chunks<2>(k, [=, stride = k.stride](int64_t row, int64_t rows, int64_t c, auto vectors, auto lanes) {
     constexpr int n = vectors;
@@ -193,17 +174,17 @@ void grad_apply(const T* x, const float* dz, int64_t dz_stride, T* dx, const Blo
 // Call f(block, channel, s1, s2), which adds to sums per column; for contiguous tensors join them to the channel's.
 template <class F>
 void sum_columns(const Shape& shape, int64_t first, int64_t count, Scratch& scratch, const F& f) {
-  std::fill_n(scratch.s1.at(0), count, 0.0);
-  std::fill_n(scratch.s2.at(0), count, 0.0);
+  std::fill_n(scratch.s1(), count, 0.0f);
+  std::fill_n(scratch.s2(), count, 0.0f);
   for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
-    if (shape.channels_last) return f(k, channel, scratch.s1.at(0), scratch.s2.at(0));
-    double s1[FOLD] = {}, s2[FOLD] = {};
+    if (shape.channels_last) return f(k, channel, scratch.s1(), scratch.s2());
+    float s1[FOLD] = {}, s2[FOLD] = {};
     f(k, channel, s1, s2);
-    *scratch.s1.at(channel) += total(s1, FOLD), *scratch.s2.at(channel) += total(s2, FOLD);
+    scratch.s1()[channel] += total(s1, FOLD), scratch.s2()[channel] += total(s2, FOLD);
   });
 }
 
-// A small tensor of (columns,) or (rows, columns) as floats, padded as `Numbers` is; empty where it is absent.
+// A small tensor of (columns,) or (rows, columns) as floats, padded as scratch is; empty where it is absent.
 class Floats {
  public:
   Floats(const std::optional<Tensor>& t, int64_t rows, int64_t columns) : columns_(columns) {
@@ -295,21 +276,21 @@ template <class T>
 void statistics(const Shape& shape, const T* x, int64_t first, int64_t count, double eps, Scratch& scratch,
                 float* means, float* rstds) {
   const int64_t width = shape.width(), step = shape.channels_last ? 1 : shape.pixels, some = std::min<int64_t>(width, 8);
-  auto& centre = scratch.of[0];
+  float* centre = scratch.of(0);
   for (int64_t c = 0; c < count && shape.pixels; c += width) {
     float sum = 0;
     for (int64_t i = c; i < c + some; ++i) sum += load(x + (first + i) * step, 1)[0];
-    std::fill_n(centre.at(c), width, sum / some);
+    std::fill_n(centre + c, width, sum / some);
   }
-  sum_columns(shape, first, count, scratch, [&](const Block& k, int64_t channel, double* s1, double* s2) {
+  sum_columns(shape, first, count, scratch, [&](const Block& k, int64_t channel, float* s1, float* s2) {
     const Columns of(shape.channels_last, channel, scratch);
     moments(x + k.offset, k, of.values[0], s1, s2);
   });
   const double per = 1.0 / static_cast<double>(width * shape.pixels);
   for (int64_t g = 0, c = 0; c < count; ++g, c += width) {
-    const double mean = total(scratch.s1.at(c), width) * per;
-    const double variance = total(scratch.s2.at(c), width) * per - mean * mean;
-    means[g] = static_cast<float>(*centre.at(c) + mean);
+    const double mean = total(scratch.s1() + c, width) * per;
+    const double variance = total(scratch.s2() + c, width) * per - mean * mean;
+    means[g] = static_cast<float>(centre[c] + mean);
     rstds[g] = static_cast<float>(1 / std::sqrt((variance < 0 ? 0 : variance) + eps));
   }
 }
@@ -317,8 +298,8 @@ void statistics(const Shape& shape, const T* x, int64_t first, int64_t count, do
 // A task's means and rstds, a number per channel.
 void spread(const Shape& shape, int64_t count, const float* means, const float* rstds, Scratch& scratch) {
   for (int64_t c = 0; c < count; c += shape.width(), ++means, ++rstds) {
-    std::fill_n(scratch.of[0].at(c), shape.width(), *means);
-    std::fill_n(scratch.of[1].at(c), shape.width(), *rstds);
+    std::fill_n(scratch.of(0) + c, shape.width(), *means);
+    std::fill_n(scratch.of(1) + c, shape.width(), *rstds);
   }
 }
 
@@ -328,9 +309,9 @@ void forward_task(const Shape& shape, const T* x, T* y, int64_t n, int64_t first
                   float* means, float* rstds, double eps, bool silu, Scratch& scratch) {
   statistics(shape, x, first, count, eps, scratch, means, rstds);
   spread(shape, count, means, rstds, scratch);
-  auto &rstd = scratch.of[1], &gain = scratch.of[3];
-  affine.write(n, first, count, gain, scratch.of[2]);
-  for_vectors(count, [&](int64_t c, auto lanes) { store(rstd.at(c), load(rstd.at(c)) * load(gain.at(c)), lanes); });
+  float *rstd = scratch.of(1), *gain = scratch.of(3);
+  affine.write(n, first, count, gain, scratch.of(2));
+  for_vectors(count, [=](int64_t c, auto lanes) { store(rstd + c, load(rstd + c) * load(gain + c), lanes); });
   for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
     const Columns of(shape.channels_last, channel, scratch);
     const auto run = silu ? apply<T, true> : apply<T, false>;
@@ -366,7 +347,7 @@ template <class T>
 void backward_task(const Shape& shape, const T* dy, const T* x, T* dx, int64_t n, int64_t first, int64_t count,
                    const Affine& affine, const float* means, const float* rstds, float* s1, float* s2, bool silu,
                    Scratch& scratch) {
-  auto &rstd = scratch.of[1], &gain = scratch.of[2], &offset = scratch.of[3];
+  float *rstd = scratch.of(1), *gain = scratch.of(2), *offset = scratch.of(3), *sum = scratch.s1(), *xhat_sum = scratch.s2();
   spread(shape, count, means, rstds, scratch);
   affine.write(n, first, count, gain, offset);
   const auto dz = [&](const Block& k) {
@@ -374,25 +355,22 @@ void backward_task(const Shape& shape, const T* dy, const T* x, T* dx, int64_t n
     else return scratch.kept.get() + (shape.channels_last ? 0 : k.offset - first * shape.pixels);
   };
   const int64_t dz_stride = !shape.channels_last ? FOLD : std::is_same_v<T, float> ? shape.channels : count;
-  sum_columns(shape, first, count, scratch, [&](const Block& k, int64_t channel, double* first_sum, double* second_sum) {
+  sum_columns(shape, first, count, scratch, [&](const Block& k, int64_t channel, float* first_sum, float* second_sum) {
     const Columns of(shape.channels_last, channel, scratch);
     const auto run = silu ? grad_sums<T, true> : grad_sums<T, false>;
     run(x + k.offset, dy + k.offset, dz(k), dz_stride, k, of, first_sum, second_sum);
   });
-  for_vectors(count, [&](int64_t c, auto lanes) {
-    const Vec g = load(gain.at(c));
-    double *first_sum = scratch.s1.at(c), *second_sum = scratch.s2.at(c);
-    store(s1 + c, __builtin_convertvector(load_double(first_sum), Vec), lanes);
-    store(s2 + c, __builtin_convertvector(load_double(second_sum), Vec), lanes);
-    store_double(first_sum, load_double(first_sum) * to_double(g));
-    store_double(second_sum, load_double(second_sum) * to_double(g));
-    store(gain.at(c), g * load(rstd.at(c)), lanes);
+  for_vectors(count, [=](int64_t c, auto lanes) {
+    const Vec g = load(gain + c);
+    store(s1 + c, load(sum + c), lanes), store(s2 + c, load(xhat_sum + c), lanes);
+    store(sum + c, load(sum + c) * g), store(xhat_sum + c, load(xhat_sum + c) * g);
+    store(gain + c, load(rstd + c) * g);
   });
   const int64_t width = shape.width();
   for (int64_t g = 0, c = 0; c < count; ++g, c += width) {
     const double scale = rstds[g] / static_cast<double>(width * shape.pixels);
-    std::fill_n(rstd.at(c), width, static_cast<float>(total(scratch.s2.at(c), width) * scale * rstds[g]));
-    std::fill_n(offset.at(c), width, static_cast<float>(total(scratch.s1.at(c), width) * scale));
+    std::fill_n(rstd + c, width, static_cast<float>(total(xhat_sum + c, width) * scale * rstds[g]));
+    std::fill_n(offset + c, width, static_cast<float>(total(sum + c, width) * scale));
   }
   for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
     const Columns of(shape.channels_last, channel, scratch);
@@ -406,7 +384,7 @@ void affine_gradients(const Shape& shape, const Affine& affine, const float* s1,
                       S* of_modulation) {
   const int64_t channels = shape.channels;
   for_vectors(channels, [&](int64_t c, auto lanes) {
-    VecD weight{}, bias{};
+    Vec weight{}, bias{};
     for (int64_t n = 0; n < shape.batch; ++n) {
       const int64_t at = n * channels + c;
       Vec dz = load(s1 + at, lanes), dz_xhat = load(s2 + at, lanes);
@@ -416,10 +394,10 @@ void affine_gradients(const Shape& shape, const Affine& affine, const float* s1,
         const Vec k = 1.0f + affine.scale.at(n, c);
         dz *= k, dz_xhat *= k;
       }
-      weight += to_double(dz_xhat), bias += to_double(dz);
+      weight += dz_xhat, bias += dz;
     }
-    store(of_affine + c, __builtin_convertvector(weight, Vec), lanes);
-    store(of_affine + channels + c, __builtin_convertvector(bias, Vec), lanes);
+    store(of_affine + c, weight, lanes);
+    store(of_affine + channels + c, bias, lanes);
   });
 }
 
