@@ -378,65 +378,68 @@ void backward_task(const Shape& shape, const T* dy, const T* x, T* dx, int64_t n
   });
 }
 
-// The gradients of weight and bias (2, C), summed over samples, and of scale and shift (2, B or 0, C).
+// The gradients of weight and bias (C,), summed over samples, and of scale and shift (B, C), if there are any.
 template <class W, class S>
-void affine_gradients(const Shape& shape, const Affine& affine, const float* s1, const float* s2, W* of_affine,
-                      S* of_modulation) {
-  const int64_t channels = shape.channels;
-  for_vectors(channels, [&](int64_t c, auto lanes) {
+void affine_gradients(const Shape& shape, const Affine& affine, const float* s1, const float* s2, W* of_weight,
+                      W* of_bias, S* of_scale, S* of_shift) {
+  for_vectors(shape.channels, [&](int64_t c, auto lanes) {
     Vec weight{}, bias{};
     for (int64_t n = 0; n < shape.batch; ++n) {
-      const int64_t at = n * channels + c;
+      const int64_t at = n * shape.channels + c;
       Vec dz = load(s1 + at, lanes), dz_xhat = load(s2 + at, lanes);
       if (affine.scale) {
-        store(of_modulation + at, dz_xhat * affine.weight.at(0, c) + dz * affine.bias.at(0, c), lanes);
-        store(of_modulation + shape.batch * channels + at, dz, lanes);
+        store(of_scale + at, dz_xhat * affine.weight.at(0, c) + dz * affine.bias.at(0, c), lanes);
+        store(of_shift + at, dz, lanes);
         const Vec k = 1.0f + affine.scale.at(n, c);
         dz *= k, dz_xhat *= k;
       }
       weight += dz_xhat, bias += dz;
     }
-    store(of_affine + c, weight, lanes);
-    store(of_affine + channels + c, bias, lanes);
+    store(of_weight + c, weight, lanes), store(of_bias + c, bias, lanes);
   });
 }
 
-// The gradients of x, of weight and bias (2, C), and of scale and shift (2, B, C), or (2, 0, C) where there are none.
-std::tuple<Tensor, Tensor, Tensor> backward(
+// The gradients of x, weight and bias, and of scale and shift where they are.
+std::vector<Tensor> backward(
     const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight, const Tensor& bias,
     const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t groups, bool silu) {
   const Shape shape = shape_of(x, groups);
   STD_TORCH_CHECK(is_channels_last(dy) == shape.channels_last && (shape.channels_last || dy.is_contiguous()),
                   "expected dy in the layout of x");
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "expected dy in the dtype of x");
+  STD_TORCH_CHECK(weight.scalar_type() == bias.scalar_type(), "expected weight and bias of one dtype");
+  STD_TORCH_CHECK(!scale || scale->scalar_type() == shift->scalar_type(), "expected scale and shift of one dtype");
   const Affine affine(shape, weight, bias, scale, shift);
-  Tensor dx = torch::stable::empty_like(x);
-  const std::vector<int64_t> affine_size = {2, shape.channels};
-  const std::vector<int64_t> modulation_size = {2, scale ? shape.batch : 0, shape.channels};
-  Tensor d_affine = torch::stable::new_empty(weight, affine_size);
-  Tensor d_modulation = torch::stable::new_empty(scale ? *scale : weight, modulation_size);
+  std::vector<Tensor> of = {torch::stable::empty_like(x)};
+  for (const Tensor& t : {weight, bias}) of.push_back(torch::stable::new_empty(t, std::vector{shape.channels}));
+  for (const auto& t : {scale, shift}) {
+    if (t) of.push_back(torch::stable::new_empty(*t, std::vector{shape.batch, shape.channels}));
+  }
   std::vector<float> sums(2 * shape.batch * shape.channels);
   float *s1 = sums.data(), *s2 = s1 + shape.batch * shape.channels;
   with_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const T *of_y = data<T>(dy), *from = data<T>(x);
-    T* to = mutable_data<T>(dx);
-    const float *means = data<float>(mean), *rstds = data<float>(rstd);
     constexpr bool keep = !std::is_same_v<T, float>;  // of float32 dz lies in dx
-    for_tasks(shape, 3 * sizeof(T) + (keep ? sizeof(float) : 0), keep, [&](int64_t n, int64_t first, int64_t count, Scratch& scratch) {
-      const int64_t slab = n * shape.channels * shape.pixels, channel = n * shape.channels + first;
-      const int64_t group = n * groups + first / shape.width();
-      backward_task(shape, of_y + slab, from + slab, to + slab, n, first, count, affine, means + group, rstds + group,
-                    s1 + channel, s2 + channel, silu, scratch);
-    });
+    const T *of_y = data<T>(dy), *from = data<T>(x);
+    T* to = mutable_data<T>(of[0]);
+    const float *means = data<float>(mean), *rstds = data<float>(rstd);
+    for_tasks(shape, 3 * sizeof(T) + (keep ? sizeof(float) : 0), keep,
+              [&](int64_t n, int64_t first, int64_t count, Scratch& scratch) {
+                const int64_t slab = n * shape.channels * shape.pixels, channel = n * shape.channels + first;
+                const int64_t group = n * groups + first / shape.width();
+                backward_task(shape, of_y + slab, from + slab, to + slab, n, first, count, affine, means + group,
+                              rstds + group, s1 + channel, s2 + channel, silu, scratch);
+              });
   });
   with_type(weight.scalar_type(), [&](auto of_weight) {
-    with_type(d_modulation.scalar_type(), [&](auto of_scale) {
-      affine_gradients(shape, affine, s1, s2, mutable_data<decltype(of_weight)>(d_affine),
-                       mutable_data<decltype(of_scale)>(d_modulation));
+    with_type(of.back().scalar_type(), [&](auto of_scale) {
+      using W = decltype(of_weight);
+      using S = decltype(of_scale);
+      S *to_scale = scale ? mutable_data<S>(of[3]) : nullptr, *to_shift = scale ? mutable_data<S>(of[4]) : nullptr;
+      affine_gradients(shape, affine, s1, s2, mutable_data<W>(of[1]), mutable_data<W>(of[2]), to_scale, to_shift);
     });
   });
-  return {dx, d_affine, d_modulation};
+  return of;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ldm_sg, CPU, m) {

@@ -44,8 +44,8 @@ _GIVEN = (  # dy as x
     "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift,"
     " int groups, bool silu) -> "
 )
-_SUMS = "(Tensor dx, Tensor s1, Tensor s2)"  # (B, C) float32, see _gradients
-_GRADIENTS = "(Tensor dx, Tensor d_affine, Tensor d_modulation)"  # (2, C), (2, B, C), or (2, 0, C) where there is none
+_SUMS = "(Tensor dx, Tensor s1, Tensor s2)"  # (B, C) float32, see _small_gradients
+_GRADIENTS = "Tensor[]"  # of x, weight and bias, and of scale and shift where they are
 torch.library.define("ldm_sg::group_norm_silu", _FORWARD)
 torch.library.define("ldm_sg::group_norm_silu_backward", _GIVEN + _GRADIENTS)
 torch.library.define("ldm_sg::group_norm_silu_slab", _FORWARD)  # csrc/cuda's part of the two
@@ -63,9 +63,9 @@ def _(
 @torch.library.register_fake("ldm_sg::group_norm_silu_backward")
 def _(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    modulation = weight.new_empty(2, 0, x.shape[1]) if scale is None else scale.new_empty(2, *x.shape[:2])
-    return torch.empty_like(x), weight.new_empty(2, x.shape[1]), modulation
+) -> list[Tensor]:
+    modulation = () if scale is None else (scale.new_empty(x.shape[:2]) for _ in range(2))
+    return [torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), *modulation]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -78,11 +78,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
     dy = dy.contiguous(memory_format=_layout(x))
-    dx, affine, modulation = torch.ops.ldm_sg.group_norm_silu_backward(
+    gradients = torch.ops.ldm_sg.group_norm_silu_backward.default(
         dy, x, mean, rstd, weight, bias, scale, shift, ctx.groups, ctx.silu
     )
-    of_modulation = (None, None) if scale is None else modulation.unbind()
-    return dx, *affine.unbind(), *of_modulation, None, None, None
+    return *gradients, *[None] * (8 - len(gradients))
 
 
 def _in_registers(x: Tensor, *given: Any) -> bool:
@@ -103,25 +102,25 @@ def _forward_cuda(x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.impl("ldm_sg::group_norm_silu_backward", "CUDA")
-def _backward_cuda(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_cuda(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *given: Any) -> list[Tensor]:
     if _in_shared_memory(x, *given) and not extension.missing("cuda"):
         dx, s1, s2 = torch.ops.ldm_sg.group_norm_silu_slab_backward(dy, x, mean, rstd, *given)
     else:
         from ldm_sg.ops.group_norm_silu_triton import backward
 
         dx, s1, s2 = backward(dy, x, mean, rstd, *given)
-    return dx, *_small_gradients(s1, s2, *given[:4])
+    return [dx, *_small_gradients(s1, s2, *given[:4])]
 
 
 def _small_gradients(
     s1: Tensor, s2: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
     """All gradients but that of x, from s1 = sum dz and s2 = sum dz xhat over a channel's pixels; docs/kernels.md."""
-    if scale is None:
-        return torch.stack([s2.sum(0), s1.sum(0)]).to(weight.dtype), weight.new_empty(2, 0, len(weight))
+    if scale is None or shift is None:
+        return [s2.sum(0).to(weight.dtype), s1.sum(0).to(bias.dtype)]
     gain = 1 + scale.float()
-    affine = torch.stack([(s2 * gain).sum(0), (s1 * gain).sum(0)]).to(weight.dtype)
-    return affine, torch.stack([s2 * weight + s1 * bias, s1]).to(scale.dtype)
+    affine = [(s2 * gain).sum(0).to(weight.dtype), (s1 * gain).sum(0).to(bias.dtype)]
+    return [*affine, (s2 * weight + s1 * bias).to(scale.dtype), s1.to(shift.dtype, copy=True)]
 
 
 _run = differentiable(torch.ops.ldm_sg.group_norm_silu.default, _save, _gradients)
