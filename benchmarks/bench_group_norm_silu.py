@@ -40,6 +40,9 @@ class Site(NamedTuple):
     silu: bool
 
 
+KEY = ("network", "batch", "dtype", *Site._fields)  # of a row
+
+
 def sites(name: str) -> Counter[Site]:
     """Count a network's normalisations by kind."""
     found: Counter[Site] = Counter()
@@ -108,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
             keys = next(iter(times.values()))
             total = {key: sum(kinds[site] * t[key] for site, t in times.items()) for key in keys}
             rows.append(row(name, args.batch, dtype, None, kinds.total(), total))
-    report("group_norm_silu", rows)
+    report("group_norm_silu", rows, KEY)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ void apply(const T* x, T* y, const Block& k, const Columns& of) {
     for_wide<4>(k.columns, [=, row = r * k.stride](int64_t c, auto vectors, auto lanes) {
       constexpr int n = vectors;
       Vec z[n];
-      for (int i = 0, at = c; i < n; ++i, at += LANES) {
+      for (int64_t i = 0, at = c; i < n; ++i, at += LANES) {
         z[i] = (load(x + row + at, lanes) - load(mean + at)) * load(gain + at) + load(offset + at);
       }
       for (int i = 0; i < n; ++i) store(y + row + c + i * LANES, SILU ? silu(z[i]) : z[i], lanes);
@@ -162,7 +162,7 @@ void grad_apply(const T* x, const float* dz, int64_t dz_stride, T* dx, const Blo
     for_wide<4>(k.columns, [=, row = r * k.stride, dz_row = r * dz_stride](int64_t c, auto vectors, auto lanes) {
       constexpr int n = vectors;
       Vec d[n];
-      for (int i = 0, at = c; i < n; ++i, at += LANES) {
+      for (int64_t i = 0, at = c; i < n; ++i, at += LANES) {
         const Vec centred = load(x + row + at, lanes) - load(mean + at);
         d[i] = load(dz + dz_row + at, lanes) * load(of_dz + at) - load(constant + at) - centred * load(of_x + at);
       }
