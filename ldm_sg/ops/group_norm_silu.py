@@ -133,7 +133,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 def _dense(x: Tensor) -> Tensor:
     """Give `x` contiguous or channels-last, itself where it is."""
-    return x.contiguous(memory_format=_layout(x))
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 def _fused(
@@ -153,9 +153,16 @@ def _is_map(x: Tensor, *_: object) -> bool:
     return x.dim() == 4
 
 
+def _is_slight(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, *_: object) -> bool:
+    """So little work that a gradient written in Python costs more than the kernels save; docs/kernels.md."""
+    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return scale is None and eager and x.numel() <= 2**15
+
+
 _TRITON, _CUDA = "ops/group_norm_silu_triton.py", "csrc/cuda/group_norm_silu.cu"
 _NO_TRITON = "" if importlib.util.find_spec("triton") else "there is no triton: pip install triton"
 TABLE = (
+    Row("cpu", FLOATS, "to 2^15 values, unmodulated, with gradients", _is_slight, "plain torch", group_norm_silu_reference),
     Row("cpu", FLOATS, "(B, C, H, W)", _is_map, "csrc/cpu/group_norm_silu.cpp", _fused, extension.missing("cpu")),
     Row("cuda", FLOATS, "a group fits into registers", _in_registers, f"{_TRITON}, 1 read", _fused, _NO_TRITON),
     Row("cuda", FLOATS, "into shared memory", _in_shared_memory, _CUDA, _fused, extension.missing("cuda")),
@@ -191,7 +198,7 @@ def group_norm_silu(
     Source: Wu & He (2018), eq. 1 and 2.
     """
     assert (scale is None) == (shift is None), "scale and shift come together"
-    if x.shape[1] % groups:
+    if x.size(1) % groups:
         raise ValueError(f"got {x.shape[1]} channels and {groups} groups, expected groups to divide the channels")
     arguments = (x, weight, bias, scale, shift, groups, eps, silu)
     return choose(TABLE, *arguments)(*arguments)

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_sg.ops import extension, group_norm_silu
 from ldm_sg.ops.group_norm_silu import TABLE, group_norm_silu_reference
+from ldm_sg.ops.group_norm_silu import _fused as fused  # the kernel, wherever the table would send its arguments
 from ldm_sg.ops.table import choose
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -138,13 +140,6 @@ def gradients(run: Callable[..., Tensor], tensors: list[Tensor | None], dy: Tens
     return list(torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype)))
 
 
-def fused(*arguments: object) -> Tensor:
-    """The public function with the reference's arguments, and a check that the kernel serves them."""
-    assert choose(TABLE, *arguments) is not group_norm_silu_reference
-    *tensors, groups, eps, silu = arguments
-    return group_norm_silu(*tensors, groups=groups, eps=eps, silu=silu)
-
-
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Every uninitialised tensor is full of NaN."""
@@ -202,6 +197,18 @@ def test_silu_over_its_whole_range() -> None:
     exact = z.double() * torch.sigmoid(z.double())
     assert ((got - exact).abs() <= 2.5e-7 * z.double().abs().clamp(min=1)).all()
     assert got[-3:].tolist() == pytest.approx([0, 0, 1e30], rel=1e-6, abs=1e-8)
+
+
+@kernel
+def test_silu_of_nan_and_infinity() -> None:
+    payloads = torch.tensor([0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1, -0x3FFFFF]).int().view(torch.float32)
+    z = torch.cat([payloads, torch.tensor([torch.inf, -torch.inf])])
+    x, ones = torch.zeros(1, len(z), 1, 2), torch.ones(len(z))
+    got = fused(x, ones, z, None, None, 1, 1e-5, True)[0, :, 0, 0]
+    assert torch.equal(got.isnan(), F.silu(z).isnan())
+    assert got[:5].isnan().all() and got[5] == torch.inf
+    dy = torch.zeros_like(x) + payloads[1]
+    assert gradients(fused, [x, ones, torch.zeros(len(z)), None, None], dy, 1, 1e-5, True)[0].isnan().all()
 
 
 @kernel
@@ -323,6 +330,19 @@ def test_second_derivative_is_refused() -> None:
     x, *rest = typed((2, 12, 4, 5), torch.float32, torch.contiguous_format)
     with pytest.raises(NotImplementedError, match="float64"):
         torch.autograd.grad(fused(x.requires_grad_(), *rest, 3, 1e-5, True).sum(), x, create_graph=True)
+
+
+@kernel
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("side", [4, 8])
+def test_kernel_serves_all_but_slight_work(side: int, modulated: bool, grad: bool) -> None:
+    tensors = typed((8, 96, side, side), torch.float32, torch.channels_last, modulated)
+    with torch.set_grad_enabled(grad):
+        chosen = choose(TABLE, *tensors, 2, 1e-5, True)
+        y = group_norm_silu(*tensors, groups=2)
+    assert chosen is (group_norm_silu_reference if (side, modulated, grad) == (4, False, True) else fused)
+    assert torch.equal(y, chosen(*tensors, 2, 1e-5, True))
 
 
 @pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"shape": (2, 12, 4)}, {"shape": (2, 12, 2, 3, 4)}])
