@@ -1,7 +1,7 @@
 // group_norm_silu on the CPU: y = silu((x - mean) rstd w (1 + s) + b (1 + s) + t), s and t per sample and channel.
 //
-// A task is one sample and a run of whole groups, small enough for the L2 cache: its part of x is read once from memory.
-// Tasks share nothing, so that the result does not depend on the number of threads or on how groups are dealt to them.
+// A task is one sample and a run of whole groups; its part of x is read once from memory, then from the cache. Tasks
+// share nothing, so that the result does not depend on the number of threads or on how groups are dealt to them.
 // Within a task both memory layouts are blocks of rows whose columns carry their own constants: channels-last gives one
 // block of (pixels, channels), contiguous one per channel of (pixels / FOLD, FOLD).
 #include "parallel.h"
@@ -15,8 +15,7 @@ namespace ldm_sg {
 namespace {
 
 constexpr int FOLD = 4 * LANES;
-constexpr int CHUNK = 32;                // rows added up before they join the sum of all: fewer digits are lost
-constexpr int64_t IN_CACHE = 256 << 10;  // bytes that a task reads and writes, half of a small L2
+constexpr int CHUNK = 32;  // rows added up before they join the sum of all: fewer digits are lost
 
 struct Shape {
   int64_t batch, channels, pixels, groups;
@@ -30,19 +29,16 @@ struct Block {
 
 // What a task keeps: six numbers per channel, padded so that whole vectors may be read at any channel, and dz of 16-bit
 // types. Threads reuse it for task after task.
-class Scratch {
- public:
-  Scratch(int64_t channels, int64_t values) : row_(channels + LANES), numbers_(6 * row_), kept(values ? new float[values] : nullptr) {}
-  float* of(int i) { return numbers_.data() + i * row_; }  // constants from 0 on
+struct Scratch {
+  int64_t row;
+  std::vector<float> numbers;
+  std::unique_ptr<float[]> kept;
+
+  Scratch(int64_t channels, int64_t values)
+      : row(channels + LANES), numbers(6 * row), kept(values ? new float[values] : nullptr) {}
+  float* of(int i) { return numbers.data() + i * row; }  // constants from 0 on
   float* s1() { return of(4); }
   float* s2() { return of(5); }
-
- private:
-  int64_t row_;
-  std::vector<float> numbers_;
-
- public:
-  const std::unique_ptr<float[]> kept;
 };
 
 // Per-column constants of a block; `channel` is counted from the task's first.
@@ -250,16 +246,15 @@ Shape shape_of(const Tensor& x, int64_t groups) {
   return {x.size(0), x.size(1), x.size(2) * x.size(3), groups, last};
 }
 
-// Call f(sample, first channel, count of channels, scratch) for every task: as many as keep the threads busy, and as fit
-// the cache with so many bytes per value; `keep`: whether scratch has room for the values.
+// Call f(sample, first channel, count of channels, scratch) in as many tasks as keep the threads busy; `keep`: whether
+// scratch has room for the values.
 template <class F>
-void for_tasks(const Shape& shape, int64_t bytes, bool keep, const F& f) {
+void for_tasks(const Shape& shape, bool keep, const F& f) {
   if (shape.batch * shape.channels == 0) return;
   const int64_t threads = torch::stable::get_num_threads(), values = shape.channels * shape.pixels;
   const int64_t line = std::max<int64_t>(1, 32 / shape.width());  // groups that fill two cache lines
   const int64_t most = shape.channels_last ? (shape.groups + line - 1) / line : shape.groups;
-  const int64_t wanted = std::max((threads + shape.batch - 1) / shape.batch, values * bytes / IN_CACHE);
-  const int64_t parts = std::clamp<int64_t>(wanted, 1, most);
+  const int64_t parts = std::min(most, (threads + shape.batch - 1) / shape.batch);
   const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD * parts / std::max<int64_t>(1, values));
   torch::stable::parallel_for(0, shape.batch * parts, grain, [&](int64_t task, int64_t last) {
     const int64_t channels = (shape.groups + parts - 1) / parts * shape.width();
@@ -275,7 +270,8 @@ void for_tasks(const Shape& shape, int64_t bytes, bool keep, const F& f) {
 template <class T>
 void statistics(const Shape& shape, const T* x, int64_t first, int64_t count, double eps, Scratch& scratch,
                 float* means, float* rstds) {
-  const int64_t width = shape.width(), step = shape.channels_last ? 1 : shape.pixels, some = std::min<int64_t>(width, 8);
+  const int64_t width = shape.width(), some = std::min<int64_t>(width, 8);
+  const int64_t step = shape.channels_last ? 1 : shape.pixels;
   float* centre = scratch.of(0);
   for (int64_t c = 0; c < count && shape.pixels; c += width) {
     float sum = 0;
@@ -332,7 +328,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const T* from = data<T>(x);
     T* to = mutable_data<T>(y);
     float *means = mutable_data<float>(mean), *rstds = mutable_data<float>(rstd);
-    for_tasks(shape, 2 * sizeof(T), false, [&](int64_t n, int64_t first, int64_t count, Scratch& scratch) {
+    for_tasks(shape, false, [&](int64_t n, int64_t first, int64_t count, Scratch& scratch) {
       const int64_t slab = n * shape.channels * shape.pixels, group = n * groups + first / shape.width();
       forward_task(shape, from + slab, to + slab, n, first, count, affine, means + group, rstds + group, eps, silu,
                    scratch);
@@ -347,7 +343,8 @@ template <class T>
 void backward_task(const Shape& shape, const T* dy, const T* x, T* dx, int64_t n, int64_t first, int64_t count,
                    const Affine& affine, const float* means, const float* rstds, float* s1, float* s2, bool silu,
                    Scratch& scratch) {
-  float *rstd = scratch.of(1), *gain = scratch.of(2), *offset = scratch.of(3), *sum = scratch.s1(), *xhat_sum = scratch.s2();
+  float *rstd = scratch.of(1), *gain = scratch.of(2), *offset = scratch.of(3);
+  float *sum = scratch.s1(), *xhat_sum = scratch.s2();
   spread(shape, count, means, rstds, scratch);
   affine.write(n, first, count, gain, offset);
   const auto dz = [&](const Block& k) {
@@ -423,13 +420,12 @@ std::vector<Tensor> backward(
     const T *of_y = data<T>(dy), *from = data<T>(x);
     T* to = mutable_data<T>(of[0]);
     const float *means = data<float>(mean), *rstds = data<float>(rstd);
-    for_tasks(shape, 3 * sizeof(T) + (keep ? sizeof(float) : 0), keep,
-              [&](int64_t n, int64_t first, int64_t count, Scratch& scratch) {
-                const int64_t slab = n * shape.channels * shape.pixels, channel = n * shape.channels + first;
-                const int64_t group = n * groups + first / shape.width();
-                backward_task(shape, of_y + slab, from + slab, to + slab, n, first, count, affine, means + group,
-                              rstds + group, s1 + channel, s2 + channel, silu, scratch);
-              });
+    for_tasks(shape, keep, [&](int64_t n, int64_t first, int64_t count, Scratch& scratch) {
+      const int64_t slab = n * shape.channels * shape.pixels, channel = n * shape.channels + first;
+      const int64_t group = n * groups + first / shape.width();
+      backward_task(shape, of_y + slab, from + slab, to + slab, n, first, count, affine, means + group, rstds + group,
+                    s1 + channel, s2 + channel, silu, scratch);
+    });
   });
   with_type(weight.scalar_type(), [&](auto of_weight) {
     with_type(of.back().scalar_type(), [&](auto of_scale) {

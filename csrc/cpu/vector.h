@@ -138,7 +138,7 @@ template <int N, class F>
 // error on |r| <= 0.347: 3e-9, and 6.1e-8 with its rounding.
 inline Vec exp(Vec v) {
   v = at_most(89.0f, at_least(-88.0f, v));  // n from -127 to 128: exponents of 0 and of infinity
-  const float magic = 12583039.0f;          // 1.5 * 2^23 + 127: adding it leaves n, biased as exponents are, in the low bits
+  const float magic = 12583039.0f;          // 1.5 * 2^23 + 127: added, it leaves n + 127, an exponent, in the low bits
   const Vec shifted = v * 1.44269504f + magic;
   const Vec power = std::bit_cast<Vec>(std::bit_cast<VecI>(shifted) << 23);
   const Vec r = v - (shifted - magic) * 0.69314718f;
