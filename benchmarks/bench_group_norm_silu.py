@@ -3,7 +3,8 @@
 OMP_NUM_THREADS=1 python benchmarks/bench_group_norm_silu.py
 
 Channels-last, as training and sampling run. A row is a kind of site, `sites` how often the network has it, times are
-those of one call, wherever its table would send it; the last row of a network sums over its sites. `clone` copies the input: the floor of the forward.
+those of one call, wherever its table would send it; the last row of a network sums over its sites. `clone` copies the
+input: the floor of the forward.
 """
 
 from __future__ import annotations

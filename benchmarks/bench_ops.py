@@ -2,9 +2,9 @@
 
 OMP_NUM_THREADS=1 python benchmarks/bench_ops.py
 
-Without means plain torch in the network's normalisations (it has no attention). Both ways run in turn in one process, from the
-same weights; `ratio` is the median over rounds of the time without over the time with, `low` and `high` its 95% interval
-(bootstrap). `loss` and `loss_without` are those of the first step.
+Without means plain torch in the network's normalisations (it has no attention). Both ways run in turn in one process,
+from the same weights; `ratio` is the median over rounds of the time without over the time with, `low` and `high` its
+95% interval (bootstrap). `loss` and `loss_without` are those of the first step.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def sample(network: UNet, dtype: torch.dtype, batch: int, steps: int) -> None:
     schedule, parameterisation = build_run_schedule(d), PARAMETERISATIONS[d.parameterisation]
     x = torch.randn(batch, *SPACE.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), autocast(x.device, dtype):
-        made = linear_steps(SAMPLERS[CONFIG.sample.sampler], schedule, schedule.trajectory(steps), parameterisation, 0.0)
+        made = linear_steps(
+            SAMPLERS[CONFIG.sample.sampler], schedule, schedule.trajectory(steps), parameterisation, 0.0
+        )
         assert made is not None
         guided = bind_halves(partial(bind, network), {"label": label}, 2.0)
         sample_linear([guided], [True] * steps, x, made, dtype=dtype)
@@ -124,7 +126,9 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             losses["loss_without"] = other.step()
         yield key | {"what": "training step"} | compare(ours.step, other.step, args.rounds) | losses
         run = partial(sample, network.eval(), DTYPES[name], args.batch, args.steps)
-        yield key | {"what": f"sampler, {args.steps} steps"} | compare(run, run, args.rounds) | dict.fromkeys(losses, "")
+        yield (
+            key | {"what": f"sampler, {args.steps} steps"} | compare(run, run, args.rounds) | dict.fromkeys(losses, "")
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 def differentiable(op: OpOverload, save: Callable[..., None], gradients: Callable[..., Any]) -> Callable[..., Any]:
     """Give an op its gradient.
 
-    `torch.library.register_autograd` does the same at 80 us a call, as much as a small map's whole normalisation.
+    `torch.library.register_autograd` does the same and takes some 90 us more for a call and its gradient.
 
     Args:
         op: of positional arguments only, and of tensors as results.

@@ -153,16 +153,17 @@ def _is_map(x: Tensor, *_: object) -> bool:
     return x.dim() == 4
 
 
-def _is_slight(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, *_: object) -> bool:
+def _is_slight(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, *rest: Any) -> bool:
     """So little work that a gradient written in Python costs more than the kernels save; docs/kernels.md."""
     eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return scale is None and eager and x.numel() <= 2**15
+    return scale is None and eager and x.numel() <= (2**15 if rest[-1] else 2**17)
 
 
+_SLIGHT = "to 2^15 values, 2^17 without SiLU, with gradients, unmodulated"
 _TRITON, _CUDA = "ops/group_norm_silu_triton.py", "csrc/cuda/group_norm_silu.cu"
 _NO_TRITON = "" if importlib.util.find_spec("triton") else "there is no triton: pip install triton"
 TABLE = (
-    Row("cpu", FLOATS, "to 2^15 values, unmodulated, with gradients", _is_slight, "plain torch", group_norm_silu_reference),
+    Row("cpu", (torch.float32,), _SLIGHT, _is_slight, "plain torch", group_norm_silu_reference),
     Row("cpu", FLOATS, "(B, C, H, W)", _is_map, "csrc/cpu/group_norm_silu.cpp", _fused, extension.missing("cpu")),
     Row("cuda", FLOATS, "a group fits into registers", _in_registers, f"{_TRITON}, 1 read", _fused, _NO_TRITON),
     Row("cuda", FLOATS, "into shared memory", _in_shared_memory, _CUDA, _fused, extension.missing("cuda")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_sg.ops import extension, group_norm_silu
-from ldm_sg.ops.group_norm_silu import TABLE, group_norm_silu_reference
+from ldm_sg.ops.group_norm_silu import TABLE, _small_gradients, group_norm_silu_reference
 from ldm_sg.ops.group_norm_silu import _fused as fused  # the kernel, wherever the table would send its arguments
 from ldm_sg.ops.table import choose
 
@@ -332,17 +333,41 @@ def test_second_derivative_is_refused() -> None:
         torch.autograd.grad(fused(x.requires_grad_(), *rest, 3, 1e-5, True).sum(), x, create_graph=True)
 
 
-@kernel
-@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("modulated", [False, True])
-@pytest.mark.parametrize("side", [4, 8])
-def test_kernel_serves_all_but_slight_work(side: int, modulated: bool, grad: bool) -> None:
-    tensors = typed((8, 96, side, side), torch.float32, torch.channels_last, modulated)
-    with torch.set_grad_enabled(grad):
-        chosen = choose(TABLE, *tensors, 2, 1e-5, True)
-        y = group_norm_silu(*tensors, groups=2)
-    assert chosen is (group_norm_silu_reference if (side, modulated, grad) == (4, False, True) else fused)
-    assert torch.equal(y, chosen(*tensors, 2, 1e-5, True))
+def test_small_gradients_follow_from_the_sums(modulated: bool) -> None:
+    tensors = inputs((3, 6, 4, 5))[: 5 if modulated else 3] + [None, None] * (not modulated)
+    dy = torch.randn(3, 6, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    exact = gradients(group_norm_silu_reference, tensors, dy, 3, 1e-5, True)[1:]
+    zeros = [torch.zeros(3, 6).double(), torch.zeros(3, 6).double()]
+    scale, shift = tensors[3:] if modulated else zeros
+    of_scale, s1 = gradients(group_norm_silu_reference, [*tensors[:3], scale, shift], dy, 3, 1e-5, True)[3:]
+    s2 = (of_scale - s1 * tensors[2]) / tensors[1]
+    for got, true in zip(_small_gradients(s1, s2, *tensors[1:]), exact, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-6, atol=1e-6)
+
+
+@kernel
+@pytest.mark.parametrize(
+    ("change", "is_slight"),
+    [
+        ({}, True),
+        ({"dtype": torch.bfloat16}, False),
+        ({"modulated": True}, False),
+        ({"grad": False}, False),
+        ({"side": 8}, False),
+        ({"side": 8, "silu": False}, True),
+        ({"side": 16, "silu": False}, False),
+    ],
+)
+def test_plain_torch_serves_slight_work(change: dict[str, Any], is_slight: bool) -> None:
+    case = {"side": 4, "dtype": torch.float32, "modulated": False, "grad": True, "silu": True} | change
+    shape = (8, 96, case["side"], case["side"])
+    tensors = typed(shape, case["dtype"], torch.channels_last, case["modulated"])
+    with torch.set_grad_enabled(case["grad"]):
+        chosen = choose(TABLE, *tensors, 2, 1e-5, case["silu"])
+        y = group_norm_silu(*tensors, groups=2, silu=case["silu"])
+    assert chosen is (group_norm_silu_reference if is_slight else fused)
+    assert torch.equal(y, chosen(*tensors, 2, 1e-5, case["silu"]))
 
 
 @pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"shape": (2, 12, 4)}, {"shape": (2, 12, 2, 3, 4)}])
