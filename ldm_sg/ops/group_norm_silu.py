@@ -155,8 +155,9 @@ def _is_map(x: Tensor, *_: object) -> bool:
 
 def _is_slight(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, *rest: Any) -> bool:
     """So little work that a gradient written in Python costs more than the kernels save; docs/kernels.md."""
-    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return scale is None and eager and x.numel() <= (2**15 if rest[-1] else 2**17)
+    if scale is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return (x.requires_grad or weight.requires_grad) and x.numel() <= (2**15 if rest[-1] else 2**17)
 
 
 _SLIGHT = "to 2^15 values, 2^17 without SiLU, with gradients, unmodulated"

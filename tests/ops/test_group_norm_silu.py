@@ -354,15 +354,17 @@ def test_small_gradients_follow_from_the_sums(modulated: bool) -> None:
         ({"dtype": torch.bfloat16}, False),
         ({"modulated": True}, False),
         ({"grad": False}, False),
+        ({"leaf": False}, False),
         ({"side": 8}, False),
         ({"side": 8, "silu": False}, True),
         ({"side": 16, "silu": False}, False),
     ],
 )
 def test_plain_torch_serves_slight_work(change: dict[str, Any], is_slight: bool) -> None:
-    case = {"side": 4, "dtype": torch.float32, "modulated": False, "grad": True, "silu": True} | change
+    case = {"side": 4, "dtype": torch.float32, "modulated": False, "grad": True, "leaf": True, "silu": True} | change
     shape = (8, 96, case["side"], case["side"])
     tensors = typed(shape, case["dtype"], torch.channels_last, case["modulated"])
+    tensors[1].requires_grad_(case["leaf"])
     with torch.set_grad_enabled(case["grad"]):
         chosen = choose(TABLE, *tensors, 2, 1e-5, case["silu"])
         y = group_norm_silu(*tensors, groups=2, silu=case["silu"])
