@@ -160,7 +160,7 @@ def _is_slight(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, *r
     return (x.requires_grad or weight.requires_grad) and x.numel() <= (2**15 if rest[-1] else 2**17)
 
 
-_SLIGHT = "to 2^15 values, 2^17 without SiLU, with gradients, unmodulated"
+_SLIGHT = "to 2^15 (no SiLU: 2^17), plain, training"
 _TRITON, _CUDA = "ops/group_norm_silu_triton.py", "csrc/cuda/group_norm_silu.cu"
 _NO_TRITON = "" if importlib.util.find_spec("triton") else "there is no triton: pip install triton"
 TABLE = (
