@@ -3,7 +3,8 @@
 OMP_NUM_THREADS=1 python benchmarks/bench_group_norm_silu.py
 
 Channels-last, as training and sampling run. A row is a kind of site, `sites` how often the network has it, times are
-those of one call; the last row of a network sums over its sites. `clone` copies the input: the floor of the forward.
+those of one call, wherever its table would send it; the last row of a network sums over its sites. `clone` copies the
+input: the floor of the forward.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from torch import Tensor
 from ldm_sg.hardware import choose_device
 from ldm_sg.model import UNet
 from ldm_sg.model.norm import GroupNorm
-from ldm_sg.ops.group_norm_silu import TABLE, group_norm_silu, group_norm_silu_reference
-from ldm_sg.ops.table import choose
+from ldm_sg.ops.group_norm_silu import _fused, group_norm_silu_reference
 
 NETWORKS: dict[str, tuple[int, int, dict[str, Any]]] = {  # channels and side of the latent, settings
     "elpv": (16, 16, {"base": 96, "multipliers": (1, 1, 2), "num_blocks": 1, "attention": None, "norm_groups": 2}),
@@ -38,6 +38,9 @@ class Site(NamedTuple):
     groups: int
     modulated: bool
     silu: bool
+
+
+KEY = ("network", "batch", "dtype", *Site._fields)  # of a row
 
 
 def sites(name: str) -> Counter[Site]:
@@ -69,13 +72,12 @@ def measure(site: Site, batch: int, dtype: torch.dtype, rounds: int) -> dict[str
     modulation = randn(batch, 2 * site.channels).chunk(2, 1) if site.modulated else (None, None)
     rest = [randn(site.channels), randn(site.channels), *modulation]
     arguments = (site.groups, 1e-5, site.silu)
-    assert choose(TABLE, x, *rest, *arguments) is not group_norm_silu_reference, "the kernel does not serve this"
 
     def eager(x: Tensor, *rest: Tensor | None) -> Tensor:
         return group_norm_silu_reference(x, *rest, *arguments)
 
     def ours(x: Tensor, *rest: Tensor | None) -> Tensor:
-        return group_norm_silu(x, *rest, groups=site.groups, silu=site.silu)
+        return _fused(x, *rest, *arguments)
 
     leaves = [None if t is None else t.detach().clone(memory_format=torch.preserve_format) for t in (x, *rest)]
     wanted = [t.requires_grad_() for t in leaves if t is not None]
@@ -108,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
             keys = next(iter(times.values()))
             total = {key: sum(kinds[site] * t[key] for site, t in times.items()) for key in keys}
             rows.append(row(name, args.batch, dtype, None, kinds.total(), total))
-    report("group_norm_silu", rows)
+    report("group_norm_silu", rows, KEY)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import argparse
 import csv
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,8 +140,8 @@ def arguments(description: str) -> argparse.Namespace:
     return parsed
 
 
-def report(name: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Print rows as they come and put each into results/<name>_<device>.csv, in place of the last one of its KEY."""
+def report(name: str, rows: Iterable[dict[str, Any]], key: Sequence[str] = KEY) -> None:
+    """Print rows as they come and put each into results/<name>_<device>.csv, in place of the last one of its key."""
     device = choose_device()
     path = RESULTS / f"{name}_{device.type}.csv"
     print(describe(device), f"torch {torch.__version__}")
@@ -151,15 +151,15 @@ def report(name: str, rows: Iterable[dict[str, Any]]) -> None:
         if not i:
             print("  ".join(f"{key:>11}" for key in shown))
         print("  ".join(f"{value:>11}" for value in shown.values()), flush=True)
-        _replace(path, shown)
+        _replace(path, shown, key)
     print(path)
 
 
-def _replace(path: Path, row: dict[str, str]) -> None:
+def _replace(path: Path, row: dict[str, str], key: Sequence[str]) -> None:
     kept: list[dict[str, str]] = []
     if path.exists():
         with path.open(newline="") as file:
-            kept = [old for old in csv.DictReader(file) if any(old[k] != row[k] for k in KEY)]
+            kept = [old for old in csv.DictReader(file) if any(old[k] != row[k] for k in key)]
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, row, lineterminator="\n")

@@ -8,13 +8,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <type_traits>
 
 namespace ldm_sg {
 namespace {
 
 constexpr int FOLD = 4 * LANES;
-constexpr int CHUNK = 32;  // rows summed in float before they join a double
+constexpr int CHUNK = 32;  // rows added up before they join the sum of all: fewer digits are lost
 
 struct Shape {
   int64_t batch, channels, pixels, groups;
@@ -26,24 +27,32 @@ struct Block {
   int64_t offset, rows, stride, columns;
 };
 
-// Per-column constants of a block, from per-channel ones; `channel` is counted from the task's first.
+// What a task keeps: six numbers per channel, padded so that whole vectors may be read at any channel, and dz of 16-bit
+// types. Threads reuse it for task after task.
+struct Scratch {
+  int64_t row;
+  std::vector<float> numbers;
+  std::unique_ptr<float[]> kept;
+
+  Scratch(int64_t channels, int64_t values)
+      : row(channels + LANES), numbers(6 * row), kept(values ? new float[values] : nullptr) {}
+  float* of(int i) { return numbers.data() + i * row; }  // constants from 0 on
+  float* s1() { return of(4); }
+  float* s2() { return of(5); }
+};
+
+// Per-column constants of a block; `channel` is counted from the task's first.
 struct Columns {
   const float* values[4];
   float folded[4][FOLD];
 
-  Columns(bool channels_last, int64_t channel, std::initializer_list<const float*> per_channel) {
-    int i = 0;
-    for (const float* p : per_channel) {
-      if (!channels_last) std::fill_n(folded[i], FOLD, p[channel]);
-      values[i] = channels_last ? p : folded[i];
-      ++i;
+  Columns(bool channels_last, int64_t channel, Scratch& scratch) {
+    for (int i = 0; i < 4; ++i) {
+      if (!channels_last) std::fill_n(folded[i], FOLD, scratch.of(i)[channel]);
+      values[i] = channels_last ? scratch.of(i) : folded[i];
     }
   }
 };
-
-// Per-channel numbers, padded so that whole vectors may be read at any channel.
-using Numbers = std::vector<float>;
-Numbers numbers(int64_t count) { return Numbers(count + LANES); }
 
 // Call f(block, channel) for the blocks that make up channels [first, first + count) of a sample.
 template <class F>
@@ -57,15 +66,14 @@ void for_blocks(const Shape& shape, int64_t first, int64_t count, const F& f) {
   }
 }
 
-[[gnu::always_inline]] inline void add(double* total, Vec v, int lanes) {
-  if (lanes == LANES) {
-    VecD sums;
-    std::memcpy(&sums, total, sizeof sums);
-    sums += __builtin_convertvector(v, VecD);
-    std::memcpy(total, &sums, sizeof sums);
-  } else {
-    for (int i = 0; i < lanes; ++i) total[i] += v[i];
-  }
+[[gnu::always_inline]] inline void add(float* total, Vec v, int lanes) { store(total, load(total, lanes) + v, lanes); }
+
+double total(const float* values, int64_t count) {
+  Vec sums{};
+  for_vectors(count, [&](int64_t i, auto lanes) { sums += load(values + i, lanes); });
+  double sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
+  return sum;
 }
 
 // Call f(row, rows, column, N vectors, lanes) along a block: by at most CHUNK rows, and by N vectors while they last.
@@ -73,17 +81,13 @@ template <int N, class F>
 [[gnu::always_inline]] inline void for_chunks(const Block& k, const F& f) {
   for (int64_t row = 0; row < k.rows; row += CHUNK) {
     const int64_t rows = std::min<int64_t>(CHUNK, k.rows - row);
-    int64_t c = 0;
-    for (; c + N * LANES <= k.columns; c += N * LANES) f(row, rows, c, std::integral_constant<int, N>{}, Full{});
-    for_vectors(k.columns - c, [&](int64_t i, auto lanes) {
-      f(row, rows, c + i, std::integral_constant<int, 1>{}, lanes);
-    });
+    for_wide<N>(k.columns, [&](int64_t c, auto vectors, auto lanes) { f(row, rows, c, vectors, lanes); });
   }
 }
 
 // Add each column's sum of x - shift and of its square.
 template <class T>
-void moments(const T* x, const Block& k, const float* shift, double* s1, double* s2) {
+void moments(const T* x, const Block& k, const float* shift, float* s1, float* s2) {
   for_chunks<4>(k, [=, stride = k.stride](int64_t row, int64_t rows, int64_t c, auto vectors, auto lanes) {
     constexpr int n = vectors;
     Vec centre[n], first[n] = {}, second[n] = {};
@@ -106,18 +110,21 @@ template <class T, bool SILU>
 void apply(const T* x, T* y, const Block& k, const Columns& of) {
   const auto [mean, gain, offset, _] = of.values;
   for (int64_t r = 0; r < k.rows; ++r) {
-    for_vectors(k.columns, [=, row = r * k.stride](int64_t c, auto lanes) {
-      const int64_t i = row + c;
-      const Vec z = (load(x + i, lanes) - load(mean + c)) * load(gain + c) + load(offset + c);
-      store(y + i, SILU ? silu(z) : z, lanes);
+    for_wide<4>(k.columns, [=, row = r * k.stride](int64_t c, auto vectors, auto lanes) {
+      constexpr int n = vectors;
+      Vec z[n];
+      for (int64_t i = 0, at = c; i < n; ++i, at += LANES) {
+        z[i] = (load(x + row + at, lanes) - load(mean + at)) * load(gain + at) + load(offset + at);
+      }
+      for (int i = 0; i < n; ++i) store(y + row + c + i * LANES, SILU ? silu(z[i]) : z[i], lanes);
     });
   }
 }
 
 // z of the forward again, dz = dy silu'(z) kept, and each column's sums of dz and dz xhat added.
 template <class T, bool SILU>
-void grad_sums(const T* x, const T* dy, float* dz, int64_t dz_stride, const Block& k, const Columns& of, double* s1,
-               double* s2) {
+void grad_sums(const T* x, const T* dy, float* dz, int64_t dz_stride, const Block& k, const Columns& of, float* s1,
+               float* s2) {
   const auto [means, rstds, gains, offsets] = of.values;
   for_chunks<2>(k, [=, stride = k.stride](int64_t row, int64_t rows, int64_t c, auto vectors, auto lanes) {
     constexpr int n = vectors;
@@ -129,7 +136,7 @@ void grad_sums(const T* x, const T* dy, float* dz, int64_t dz_stride, const Bloc
         Vec d = load(dy + r * stride + at, lanes);
         if constexpr (SILU) {
           const Vec z = xhat * load(gains + at) + load(offsets + at), s = sigmoid(z);
-          d *= s + z * s * (1.0f - s);
+          d *= s * (z * (1.0f - s) + 1.0f);
         }
         store(dz + r * dz_stride + at, d, lanes);
         first[i] += d;
@@ -146,68 +153,34 @@ void grad_sums(const T* x, const T* dy, float* dz, int64_t dz_stride, const Bloc
 // dx = rstd (gain dz - mean(gain dz) - xhat mean(gain dz xhat)), its factors per column; dz may be dx.
 template <class T>
 void grad_apply(const T* x, const float* dz, int64_t dz_stride, T* dx, const Block& k, const Columns& of) {
-  const auto [mean, of_dz, constant, of_x] = of.values;
+  const auto [mean, of_x, of_dz, constant] = of.values;
   for (int64_t r = 0; r < k.rows; ++r) {
-    for_vectors(k.columns, [=, row = r * k.stride, dz_row = r * dz_stride](int64_t c, auto lanes) {
-      const int64_t i = row + c;
-      const Vec centred = load(x + i, lanes) - load(mean + c);
-      const Vec d = load(dz + dz_row + c, lanes);
-      store(dx + i, d * load(of_dz + c) - load(constant + c) - centred * load(of_x + c), lanes);
+    for_wide<4>(k.columns, [=, row = r * k.stride, dz_row = r * dz_stride](int64_t c, auto vectors, auto lanes) {
+      constexpr int n = vectors;
+      Vec d[n];
+      for (int64_t i = 0, at = c; i < n; ++i, at += LANES) {
+        const Vec centred = load(x + row + at, lanes) - load(mean + at);
+        d[i] = load(dz + dz_row + at, lanes) * load(of_dz + at) - load(constant + at) - centred * load(of_x + at);
+      }
+      for (int i = 0; i < n; ++i) store(dx + row + c + i * LANES, d[i], lanes);
     });
   }
 }
 
-// Each channel's sums over its pixels.
-struct Sums {
-  std::vector<double> first, second;
-  explicit Sums(int64_t count) : first(count + LANES), second(count + LANES) {}
-};
-
 // Call f(block, channel, s1, s2), which adds to sums per column; for contiguous tensors join them to the channel's.
 template <class F>
-void sum_columns(const Shape& shape, int64_t first, int64_t count, Sums& sums, const F& f) {
+void sum_columns(const Shape& shape, int64_t first, int64_t count, Scratch& scratch, const F& f) {
+  std::fill_n(scratch.s1(), count, 0.0f);
+  std::fill_n(scratch.s2(), count, 0.0f);
   for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
-    if (shape.channels_last) return f(k, channel, sums.first.data(), sums.second.data());
-    double s1[FOLD] = {}, s2[FOLD] = {};
+    if (shape.channels_last) return f(k, channel, scratch.s1(), scratch.s2());
+    float s1[FOLD] = {}, s2[FOLD] = {};
     f(k, channel, s1, s2);
-    for (int i = 0; i < k.columns; ++i) sums.first[channel] += s1[i], sums.second[channel] += s2[i];
+    scratch.s1()[channel] += total(s1, FOLD), scratch.s2()[channel] += total(s2, FOLD);
   });
 }
 
-struct Statistics {
-  std::vector<double> mean, rstd;  // per group of the task
-};
-
-// Mean and 1 / sqrt(variance + eps) of the task's groups: channels' moments about a value of their own, joined.
-template <class T>
-Statistics statistics(const Shape& shape, const T* x, int64_t first, int64_t count, double eps) {
-  const int64_t width = shape.width(), pixels = shape.pixels;
-  Numbers shift = numbers(count);
-  for (int64_t c = 0; c < count && pixels; ++c) {
-    shift[c] = load(x + (first + c) * (shape.channels_last ? 1 : pixels), 1)[0];
-  }
-  Sums sums(count);
-  sum_columns(shape, first, count, sums, [&](const Block& k, int64_t channel, double* s1, double* s2) {
-    const Columns of(shape.channels_last, channel, {shift.data()});
-    moments(x + k.offset, k, of.values[0], s1, s2);
-  });
-  const double per = 1.0 / static_cast<double>(pixels);
-  Statistics found;
-  for (int64_t begin = 0; begin < count; begin += width) {
-    double mean = 0, square = 0;
-    for (int64_t c = begin; c < begin + width; ++c) mean += shift[c] + sums.first[c] * per;
-    mean /= width;
-    for (int64_t c = begin; c < begin + width; ++c) {
-      const double apart = shift[c] + sums.first[c] * per - mean;
-      square += sums.second[c] - sums.first[c] * sums.first[c] * per + pixels * apart * apart;
-    }
-    found.mean.push_back(mean);
-    found.rstd.push_back(1 / std::sqrt((square < 0 ? 0 : square) / (width * pixels) + eps));
-  }
-  return found;
-}
-
-// A small tensor of (columns,) or (rows, columns) as floats; 0 everywhere where it is absent.
+// A small tensor of (columns,) or (rows, columns) as floats, padded as scratch is; empty where it is absent.
 class Floats {
  public:
   Floats(const std::optional<Tensor>& t, int64_t rows, int64_t columns) : columns_(columns) {
@@ -216,7 +189,7 @@ class Floats {
     STD_TORCH_CHECK(is_row ? rows == 1 : t->dim() == 2 && t->size(0) == rows, "expected a modulation of (B, C)");
     STD_TORCH_CHECK(t->size(t->dim() - 1) == columns, "expected one value per channel");
     STD_TORCH_CHECK(columns <= 1 || t->stride(t->dim() - 1) == 1, "expected channels side by side");
-    copy_.resize(rows * columns);
+    copy_.resize(rows * columns + LANES);
     with_type(t->scalar_type(), [&](auto type) {
       const auto* from = data<decltype(type)>(*t);
       for (int64_t r = 0; r < rows; ++r) {
@@ -226,7 +199,8 @@ class Floats {
       }
     });
   }
-  double operator()(int64_t row, int64_t column) const { return copy_.empty() ? 0 : copy_[row * columns_ + column]; }
+  explicit operator bool() const { return !copy_.empty(); }
+  Vec at(int64_t row, int64_t column) const { return load(copy_.data() + row * columns_ + column); }
 
  private:
   int64_t columns_;
@@ -242,8 +216,17 @@ struct Affine {
         bias(b, 1, shape.channels),
         scale(s, shape.batch, shape.channels),
         shift(t, shape.batch, shape.channels) {}
-  double gain(int64_t n, int64_t c) const { return weight(0, c) * (1 + scale(n, c)); }
-  double offset(int64_t n, int64_t c) const { return bias(0, c) * (1 + scale(n, c)) + shift(n, c); }
+
+  void write(int64_t n, int64_t first, int64_t count, float* gain, float* offset) const {
+    for_vectors(count, [&](int64_t i, auto lanes) {
+      Vec g = weight.at(0, first + i), o = bias.at(0, first + i);
+      if (scale) {
+        const Vec k = 1.0f + scale.at(n, first + i);
+        g *= k, o = o * k + shift.at(n, first + i);
+      }
+      store(gain + i, g, lanes), store(offset + i, o, lanes);
+    });
+  }
 };
 
 bool is_channels_last(const Tensor& x) {
@@ -263,39 +246,70 @@ Shape shape_of(const Tensor& x, int64_t groups) {
   return {x.size(0), x.size(1), x.size(2) * x.size(3), groups, last};
 }
 
-// Call f(sample, first group, count of groups), in as many tasks as keep the threads busy.
+// Call f(sample, first channel, count of channels, scratch) in as many tasks as keep the threads busy; `keep`: whether
+// scratch has room for the values.
 template <class F>
-void for_tasks(const Shape& shape, const F& f) {
+void for_tasks(const Shape& shape, bool keep, const F& f) {
   if (shape.batch * shape.channels == 0) return;
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = torch::stable::get_num_threads(), values = shape.channels * shape.pixels;
   const int64_t line = std::max<int64_t>(1, 32 / shape.width());  // groups that fill two cache lines
   const int64_t most = shape.channels_last ? (shape.groups + line - 1) / line : shape.groups;
   const int64_t parts = std::min(most, (threads + shape.batch - 1) / shape.batch);
-  parallel_rows(shape.batch * parts, shape.channels * shape.pixels / parts, [&](int64_t task) {
-    const int64_t part = task % parts;
-    const int64_t begin = part * shape.groups / parts, end = (part + 1) * shape.groups / parts;
-    f(task / parts, begin, end - begin);
+  const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD * parts / std::max<int64_t>(1, values));
+  torch::stable::parallel_for(0, shape.batch * parts, grain, [&](int64_t task, int64_t last) {
+    const int64_t channels = (shape.groups + parts - 1) / parts * shape.width();
+    Scratch scratch(channels, keep ? channels * shape.pixels : 0);
+    for (; task < last; ++task) {
+      const int64_t begin = task % parts * shape.groups / parts, end = (task % parts + 1) * shape.groups / parts;
+      f(task / parts, begin * shape.width(), (end - begin) * shape.width(), scratch);
+    }
   });
 }
 
-// One task of the forward; means and rstds point at its first group.
+// Mean and 1 / sqrt(variance + eps) of the task's groups, from moments about the mean of some of their values.
+template <class T>
+void statistics(const Shape& shape, const T* x, int64_t first, int64_t count, double eps, Scratch& scratch,
+                float* means, float* rstds) {
+  const int64_t width = shape.width(), some = std::min<int64_t>(width, 8);
+  const int64_t step = shape.channels_last ? 1 : shape.pixels;
+  float* centre = scratch.of(0);
+  for (int64_t c = 0; c < count && shape.pixels; c += width) {
+    float sum = 0;
+    for (int64_t i = c; i < c + some; ++i) sum += load(x + (first + i) * step, 1)[0];
+    std::fill_n(centre + c, width, sum / some);
+  }
+  sum_columns(shape, first, count, scratch, [&](const Block& k, int64_t channel, float* s1, float* s2) {
+    const Columns of(shape.channels_last, channel, scratch);
+    moments(x + k.offset, k, of.values[0], s1, s2);
+  });
+  const double per = 1.0 / static_cast<double>(width * shape.pixels);
+  for (int64_t g = 0, c = 0; c < count; ++g, c += width) {
+    const double mean = total(scratch.s1() + c, width) * per;
+    const double variance = total(scratch.s2() + c, width) * per - mean * mean;
+    means[g] = static_cast<float>(centre[c] + mean);
+    rstds[g] = static_cast<float>(1 / std::sqrt((variance < 0 ? 0 : variance) + eps));
+  }
+}
+
+// A task's means and rstds, a number per channel.
+void spread(const Shape& shape, int64_t count, const float* means, const float* rstds, Scratch& scratch) {
+  for (int64_t c = 0; c < count; c += shape.width(), ++means, ++rstds) {
+    std::fill_n(scratch.of(0) + c, shape.width(), *means);
+    std::fill_n(scratch.of(1) + c, shape.width(), *rstds);
+  }
+}
+
+// One task of the forward; x and y point at its sample, means and rstds at its first group.
 template <class T>
 void forward_task(const Shape& shape, const T* x, T* y, int64_t n, int64_t first, int64_t count, const Affine& affine,
-                  float* means, float* rstds, double eps, bool silu) {
-  const Statistics found = statistics(shape, x, first, count, eps);
-  std::copy(found.mean.begin(), found.mean.end(), means);
-  std::copy(found.rstd.begin(), found.rstd.end(), rstds);
-  Numbers mean = numbers(count), gain = numbers(count), offset = numbers(count);
-  for (int64_t g = 0, c = 0; c < count; ++g) {
-    for (const int64_t end = c + shape.width(); c < end; ++c) {
-      const double factor = found.rstd[g] * affine.gain(n, first + c);
-      mean[c] = means[g];
-      gain[c] = static_cast<float>(factor);
-      offset[c] = static_cast<float>(affine.offset(n, first + c) + (means[g] - found.mean[g]) * factor);
-    }
-  }
+                  float* means, float* rstds, double eps, bool silu, Scratch& scratch) {
+  statistics(shape, x, first, count, eps, scratch, means, rstds);
+  spread(shape, count, means, rstds, scratch);
+  float *rstd = scratch.of(1), *gain = scratch.of(3);
+  affine.write(n, first, count, gain, scratch.of(2));
+  for_vectors(count, [=](int64_t c, auto lanes) { store(rstd + c, load(rstd + c) * load(gain + c), lanes); });
   for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
-    const Columns of(shape.channels_last, channel, {mean.data(), gain.data(), offset.data()});
+    const Columns of(shape.channels_last, channel, scratch);
     const auto run = silu ? apply<T, true> : apply<T, false>;
     run(x + k.offset, y + k.offset, k, of);
   });
@@ -311,85 +325,117 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   Tensor mean = torch::stable::new_empty(x, size, ScalarType::Float), rstd = torch::stable::empty_like(mean);
   with_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    for_tasks(shape, [&](int64_t n, int64_t first_group, int64_t count_groups) {
-      const int64_t slab = n * shape.channels * shape.pixels, first = first_group * shape.width();
-      const int64_t group = n * groups + first_group;
-      forward_task<T>(shape, data<T>(x) + slab, mutable_data<T>(y) + slab, n, first, count_groups * shape.width(),
-                      affine, mutable_data<float>(mean) + group, mutable_data<float>(rstd) + group, eps, silu);
+    const T* from = data<T>(x);
+    T* to = mutable_data<T>(y);
+    float *means = mutable_data<float>(mean), *rstds = mutable_data<float>(rstd);
+    for_tasks(shape, false, [&](int64_t n, int64_t first, int64_t count, Scratch& scratch) {
+      const int64_t slab = n * shape.channels * shape.pixels, group = n * groups + first / shape.width();
+      forward_task(shape, from + slab, to + slab, n, first, count, affine, means + group, rstds + group, eps, silu,
+                   scratch);
     });
   });
   return {y, mean, rstd};
 }
 
-// The gradients of one task; s1, s2, means and rstds point at its first channel and group.
+// The gradient of x in one task; dy, x and dx point at its sample, means and rstds at its first group, s1 and s2, the
+// sums of dz and dz xhat over a channel's pixels, at its first channel.
 template <class T>
 void backward_task(const Shape& shape, const T* dy, const T* x, T* dx, int64_t n, int64_t first, int64_t count,
-                   const Affine& affine, const float* means, const float* rstds, float* s1, float* s2, bool silu) {
-  const int64_t width = shape.width(), pixels = shape.pixels;
-  Numbers mean = numbers(count), rstd = numbers(count), gain = numbers(count), offset = numbers(count);
-  for (int64_t g = 0, c = 0; c < count; ++g) {
-    for (const int64_t end = c + width; c < end; ++c) {
-      mean[c] = means[g], rstd[c] = rstds[g];
-      gain[c] = static_cast<float>(affine.gain(n, first + c));
-      offset[c] = static_cast<float>(affine.offset(n, first + c));
-    }
-  }
-  std::vector<float> kept(std::is_same_v<T, float> ? 0 : count * pixels);  // float32 needs none: dz lies in dx
-  const int64_t kept_stride = std::is_same_v<T, float> && shape.channels_last ? shape.channels
-                              : shape.channels_last                          ? count
-                                                                             : FOLD;
+                   const Affine& affine, const float* means, const float* rstds, float* s1, float* s2, bool silu,
+                   Scratch& scratch) {
+  float *rstd = scratch.of(1), *gain = scratch.of(2), *offset = scratch.of(3);
+  float *sum = scratch.s1(), *xhat_sum = scratch.s2();
+  spread(shape, count, means, rstds, scratch);
+  affine.write(n, first, count, gain, offset);
   const auto dz = [&](const Block& k) {
     if constexpr (std::is_same_v<T, float>) return dx + k.offset;
-    else return kept.data() + (shape.channels_last ? 0 : k.offset - first * pixels);
+    else return scratch.kept.get() + (shape.channels_last ? 0 : k.offset - first * shape.pixels);
   };
-  Sums sums(count);
-  sum_columns(shape, first, count, sums, [&](const Block& k, int64_t channel, double* first_sum, double* second_sum) {
-    const Columns of(shape.channels_last, channel, {mean.data(), rstd.data(), gain.data(), offset.data()});
+  const int64_t dz_stride = !shape.channels_last ? FOLD : std::is_same_v<T, float> ? shape.channels : count;
+  sum_columns(shape, first, count, scratch, [&](const Block& k, int64_t channel, float* first_sum, float* second_sum) {
+    const Columns of(shape.channels_last, channel, scratch);
     const auto run = silu ? grad_sums<T, true> : grad_sums<T, false>;
-    run(x + k.offset, dy + k.offset, dz(k), kept_stride, k, of, first_sum, second_sum);
+    run(x + k.offset, dy + k.offset, dz(k), dz_stride, k, of, first_sum, second_sum);
   });
-  Numbers of_dz = numbers(count), constant = numbers(count), of_x = numbers(count);
-  for (int64_t g = 0; g * width < count; ++g) {
-    double m1 = 0, m2 = 0;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      s1[c] = static_cast<float>(sums.first[c]), s2[c] = static_cast<float>(sums.second[c]);
-      m1 += gain[c] * sums.first[c], m2 += gain[c] * sums.second[c];
-    }
-    const double scale = rstds[g] / static_cast<double>(width * pixels);
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      of_dz[c] = gain[c] * rstds[g];
-      constant[c] = static_cast<float>(m1 * scale), of_x[c] = static_cast<float>(m2 * scale * rstds[g]);
-    }
+  for_vectors(count, [=](int64_t c, auto lanes) {
+    const Vec g = load(gain + c);
+    store(s1 + c, load(sum + c), lanes), store(s2 + c, load(xhat_sum + c), lanes);
+    store(sum + c, load(sum + c) * g), store(xhat_sum + c, load(xhat_sum + c) * g);
+    store(gain + c, load(rstd + c) * g);
+  });
+  const int64_t width = shape.width();
+  for (int64_t g = 0, c = 0; c < count; ++g, c += width) {
+    const double scale = rstds[g] / static_cast<double>(width * shape.pixels);
+    std::fill_n(rstd + c, width, static_cast<float>(total(xhat_sum + c, width) * scale * rstds[g]));
+    std::fill_n(offset + c, width, static_cast<float>(total(sum + c, width) * scale));
   }
   for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
-    const Columns of(shape.channels_last, channel, {mean.data(), of_dz.data(), constant.data(), of_x.data()});
-    grad_apply<T>(x + k.offset, dz(k), kept_stride, dx + k.offset, k, of);
+    const Columns of(shape.channels_last, channel, scratch);
+    grad_apply<T>(x + k.offset, dz(k), dz_stride, dx + k.offset, k, of);
   });
 }
 
-// The gradient of x, and s1 = sum of dz, s2 = sum of dz xhat over each sample's and channel's pixels.
-std::tuple<Tensor, Tensor, Tensor> backward(
+// The gradients of weight and bias (C,), summed over samples, and of scale and shift (B, C), if there are any.
+template <class W, class S>
+void affine_gradients(const Shape& shape, const Affine& affine, const float* s1, const float* s2, W* of_weight,
+                      W* of_bias, S* of_scale, S* of_shift) {
+  for_vectors(shape.channels, [&](int64_t c, auto lanes) {
+    Vec weight{}, bias{};
+    for (int64_t n = 0; n < shape.batch; ++n) {
+      const int64_t at = n * shape.channels + c;
+      Vec dz = load(s1 + at, lanes), dz_xhat = load(s2 + at, lanes);
+      if (affine.scale) {
+        store(of_scale + at, dz_xhat * affine.weight.at(0, c) + dz * affine.bias.at(0, c), lanes);
+        store(of_shift + at, dz, lanes);
+        const Vec k = 1.0f + affine.scale.at(n, c);
+        dz *= k, dz_xhat *= k;
+      }
+      weight += dz_xhat, bias += dz;
+    }
+    store(of_weight + c, weight, lanes), store(of_bias + c, bias, lanes);
+  });
+}
+
+// The gradients of x, weight and bias, and of scale and shift where they are.
+std::vector<Tensor> backward(
     const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight, const Tensor& bias,
     const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t groups, bool silu) {
   const Shape shape = shape_of(x, groups);
   STD_TORCH_CHECK(is_channels_last(dy) == shape.channels_last && (shape.channels_last || dy.is_contiguous()),
                   "expected dy in the layout of x");
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "expected dy in the dtype of x");
+  STD_TORCH_CHECK(weight.scalar_type() == bias.scalar_type(), "expected weight and bias of one dtype");
+  STD_TORCH_CHECK(!scale || scale->scalar_type() == shift->scalar_type(), "expected scale and shift of one dtype");
   const Affine affine(shape, weight, bias, scale, shift);
-  Tensor dx = torch::stable::empty_like(x);
-  const std::vector<int64_t> size = {shape.batch, shape.channels};
-  Tensor s1 = torch::stable::new_empty(x, size, ScalarType::Float), s2 = torch::stable::empty_like(s1);
+  std::vector<Tensor> of = {torch::stable::empty_like(x)};
+  for (const Tensor& t : {weight, bias}) of.push_back(torch::stable::new_empty(t, std::vector{shape.channels}));
+  for (const auto& t : {scale, shift}) {
+    if (t) of.push_back(torch::stable::new_empty(*t, std::vector{shape.batch, shape.channels}));
+  }
+  std::vector<float> sums(2 * shape.batch * shape.channels);
+  float *s1 = sums.data(), *s2 = s1 + shape.batch * shape.channels;
   with_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    for_tasks(shape, [&](int64_t n, int64_t first_group, int64_t count_groups) {
-      const int64_t slab = n * shape.channels * shape.pixels, first = first_group * shape.width();
-      const int64_t group = n * groups + first_group, channel = n * shape.channels + first;
-      backward_task<T>(shape, data<T>(dy) + slab, data<T>(x) + slab, mutable_data<T>(dx) + slab, n, first,
-                       count_groups * shape.width(), affine, data<float>(mean) + group, data<float>(rstd) + group,
-                       mutable_data<float>(s1) + channel, mutable_data<float>(s2) + channel, silu);
+    constexpr bool keep = !std::is_same_v<T, float>;  // of float32 dz lies in dx
+    const T *of_y = data<T>(dy), *from = data<T>(x);
+    T* to = mutable_data<T>(of[0]);
+    const float *means = data<float>(mean), *rstds = data<float>(rstd);
+    for_tasks(shape, keep, [&](int64_t n, int64_t first, int64_t count, Scratch& scratch) {
+      const int64_t slab = n * shape.channels * shape.pixels, channel = n * shape.channels + first;
+      const int64_t group = n * groups + first / shape.width();
+      backward_task(shape, of_y + slab, from + slab, to + slab, n, first, count, affine, means + group, rstds + group,
+                    s1 + channel, s2 + channel, silu, scratch);
     });
   });
-  return {dx, s1, s2};
+  with_type(weight.scalar_type(), [&](auto of_weight) {
+    with_type(of.back().scalar_type(), [&](auto of_scale) {
+      using W = decltype(of_weight);
+      using S = decltype(of_scale);
+      S *to_scale = scale ? mutable_data<S>(of[3]) : nullptr, *to_shift = scale ? mutable_data<S>(of[4]) : nullptr;
+      affine_gradients(shape, affine, s1, s2, mutable_data<W>(of[1]), mutable_data<W>(of[2]), to_scale, to_shift);
+    });
+  });
+  return of;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ldm_sg, CPU, m) {

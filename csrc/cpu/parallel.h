@@ -1,4 +1,4 @@
-// Rows shared among torch's threads, and tensors taken apart. LibTorch stable ABI, target 2.11.
+// Tensors taken apart, and what a thread is worth waking for. LibTorch stable ABI, target 2.11.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -18,15 +18,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline constexpr int64_t ELEMENTS_PER_THREAD = 16384;  // fewer are not worth waking a thread for
-
-// Call f(i) for i in [0, count), each thread a run of them; a row's work is that of so many elements.
-template <class F>
-void parallel_rows(int64_t count, int64_t elements_per_row, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD / std::max<int64_t>(1, elements_per_row));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
-}
 
 // Call f(T{}) with the C++ type of a dtype.
 template <class F>

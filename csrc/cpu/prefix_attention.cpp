@@ -219,16 +219,27 @@ inline void transpose_block(V (&rows)[LANES]) {
   }
 }
 
-// to[:, first + i] = x[i, :], in whole vectors: what lies right of it is written later
+// Rows as a factor: where they lie, or packed, which makes 16-bit types float.
 template <class T, class E>
-void pack_transposed(const Rows<E>& x, int64_t rows, int64_t width, Matrix<T>& to, int64_t first) {
+Factor<T> factor(const Rows<E>& x, int64_t rows, int64_t width, Matrix<T>& scratch) {
+  if constexpr (std::is_same_v<T, E>) {
+    return {x.data, x.row, x.column};
+  } else {
+    pack(x, rows, width, T(1), scratch);
+    return plain(scratch);
+  }
+}
+
+// to[:, first + i] = scale x[i, :], in whole vectors: what lies right of it is written later
+template <class T, class E>
+void pack_transposed(const Rows<E>& x, int64_t rows, int64_t width, T scale, Matrix<T>& to, int64_t first) {
   std::vector<E> scratch[LANES], zeros(width);
   for (int64_t i = 0; i < rows; i += LANES) {
     const E* from[LANES];
     for (int r = 0; r < LANES; ++r) from[r] = i + r < rows ? dense(x, i + r, width, scratch[r]) : zeros.data();
     for_vectors(width, [&](int64_t d, int lanes) {
       VecOf<T> block[LANES];
-      for (int r = 0; r < LANES; ++r) block[r] = load(from[r] + d, lanes);
+      for (int r = 0; r < LANES; ++r) block[r] = scale * load(from[r] + d, lanes);
       transpose_block<1>(block);
       T* column = to.at(d) + first + i;
       for (int r = 0; r < lanes; ++r) store(column + r * to.row, block[r]);
@@ -268,11 +279,12 @@ void softmax(Matrix<T>& scores, int64_t rows, int64_t keys, T* inverse, T* lse) 
   for (int64_t i = 0; i < rows; ++i) {
     T* row = scores.at(i);
     VecOf<T> sums{};
-    for (int64_t j = 0; j < keys; j += LANES) {
-      const VecOf<T> e = exp(load(row + j) - most[i]);
-      store(row + j, e);
-      sums += e;
-    }
+    for_wide<3>((keys + LANES - 1) / LANES * LANES, [&](int64_t j, auto vectors, auto) {
+      constexpr int n = vectors;
+      VecOf<T> e[n];
+      for (int v = 0; v < n; ++v) e[v] = exp(load(row + j + v * LANES) - most[i]);
+      for (int v = 0; v < n; ++v) store(row + j + v * LANES, e[v]), sums += e[v];
+    });
     const T sum = sum_of(sums);
     inverse[i] = 1 / sum;
     lse[i] = most[i] + std::log(sum);
@@ -305,14 +317,13 @@ void forward_tasks(int64_t begin, int64_t end, const Sizes& n, const Heads<E>& q
   T inverse[QUERIES];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / n.heads, h = task % n.heads;
-    pack_transposed(k_prefix.of(b, h), n.prefix, n.width, keys, 0);
-    pack_transposed(k.of(b, h), n.queries, n.width, keys, n.prefix);
+    pack_transposed(k_prefix.of(b, h), n.prefix, n.width, scale, keys, 0);
+    pack_transposed(k.of(b, h), n.queries, n.width, scale, keys, n.prefix);
     pack(v_prefix.of(b, h), n.prefix, n.width, T(1), values);
     pack(v.of(b, h), n.queries, n.width, T(1), values, n.prefix);
     for (int64_t first = 0; first < n.queries; first += QUERIES) {
       const int64_t rows = std::min(QUERIES, n.queries - first);
-      pack(q.of(b, h, first), rows, n.width, scale, queries);
-      product(plain(queries), keys, scores, rows, n.width, n.keys);
+      product(factor(q.of(b, h, first), rows, n.width, queries), keys, scores, rows, n.width, n.keys);
       softmax(scores, rows, n.keys, inverse, lse + task * n.queries + first);
       product(plain(scores), values, result, rows, n.keys, n.width);
       unpack(result, 0, rows, n.width, inverse, 1, out.of(b, h, first));
@@ -335,10 +346,10 @@ void backward_tasks(int64_t begin, int64_t end, const Sizes& n, const Heads<E>& 
   const T one = 1;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / n.heads, h = task % n.heads;
-    pack_transposed(k_prefix.of(b, h), n.prefix, n.width, keys_t, 0);
-    pack_transposed(k.of(b, h), n.queries, n.width, keys_t, n.prefix);
-    pack_transposed(v_prefix.of(b, h), n.prefix, n.width, values_t, 0);
-    pack_transposed(v.of(b, h), n.queries, n.width, values_t, n.prefix);
+    pack_transposed(k_prefix.of(b, h), n.prefix, n.width, one, keys_t, 0);
+    pack_transposed(k.of(b, h), n.queries, n.width, one, keys_t, n.prefix);
+    pack_transposed(v_prefix.of(b, h), n.prefix, n.width, one, values_t, 0);
+    pack_transposed(v.of(b, h), n.queries, n.width, one, values_t, n.prefix);
     pack(k_prefix.of(b, h), n.prefix, n.width, one, keys);
     pack(k.of(b, h), n.queries, n.width, one, keys, n.prefix);
     for (int64_t first = 0; first < n.queries; first += QUERIES) {

@@ -124,27 +124,23 @@ template <class F>
   if (i < count) f(i, static_cast<int>(count - i));
 }
 
-inline float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < LANES; ++i) total += v[i];
-  return total;
+// The same by N vectors while they last: f(i, N, lanes), then f(i, 1, lanes). Their chains of operations overlap.
+template <int N, class F>
+[[gnu::always_inline]] inline void for_wide(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + N * LANES <= count; i += N * LANES) f(i, std::integral_constant<int, N>{}, Full{});
+  for_vectors(count - i, [&](int64_t j, auto lanes) { f(i + j, std::integral_constant<int, 1>{}, lanes); });
 }
 
-inline float max(Vec v) {
-  float most = v[0];
-  for (int i = 1; i < LANES; ++i) most = v[i] > most ? v[i] : most;
-  return most;
-}
-
-// e^v, of which v is held between -87 and 88; NaN stays NaN.
+// e^v: 0 below -87.6, infinity above 88.3, NaN for NaN.
 //
 // e^v = 2^n e^r with n = round(v / ln 2); e^r = 1 + r + r^2 q(r), q the polynomial of degree 4 with the least relative
 // error on |r| <= 0.347: 3e-9, and 6.1e-8 with its rounding.
 inline Vec exp(Vec v) {
-  v = at_most(88.0f, at_least(-87.0f, v));
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  v = at_most(89.0f, at_least(-88.0f, v));  // n from -127 to 128: exponents of 0 and of infinity
+  const float magic = 12583039.0f;          // 1.5 * 2^23 + 127: added, it leaves n + 127, an exponent, in the low bits
   const Vec shifted = v * 1.44269504f + magic;
-  const VecI n = std::bit_cast<VecI>(shifted) << 23;
+  const Vec power = std::bit_cast<Vec>(std::bit_cast<VecI>(shifted) << 23);
   const Vec r = v - (shifted - magic) * 0.69314718f;
   Vec p = r * 0.0013814309f + 0.0083688563f;
   p = p * r + 0.0416684002f;
@@ -152,7 +148,7 @@ inline Vec exp(Vec v) {
   p = p * r + 0.49999994f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return std::bit_cast<Vec>(std::bit_cast<VecI>(p) + n);
+  return p * power;
 }
 
 inline Vec sigmoid(Vec v) { return 1.0f / (1.0f + exp(-v)); }

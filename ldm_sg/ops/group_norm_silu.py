@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_sg.ops import extension
+from ldm_sg.ops.gradient import differentiable
 from ldm_sg.ops.group_norm_silu_tile import fits_registers, fits_shared_memory
 from ldm_sg.ops.table import FLOATS, Row, anything, choose
 
@@ -39,13 +40,16 @@ _FORWARD = (  # x contiguous or channels-last; mean, rstd (B, groups) float32
     "(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, float eps, bool silu)"
     " -> (Tensor y, Tensor mean, Tensor rstd)"
 )
-_BACKWARD = (  # dy as x; s1, s2 (B, C) float32, see _gradients
+_GIVEN = (  # dy as x
     "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift,"
-    " int groups, bool silu) -> (Tensor dx, Tensor s1, Tensor s2)"
+    " int groups, bool silu) -> "
 )
-for _suffix in ("", "_slab"):  # the second is csrc/cuda's part of the first
-    torch.library.define(f"ldm_sg::group_norm_silu{_suffix}", _FORWARD)
-    torch.library.define(f"ldm_sg::group_norm_silu{_suffix}_backward", _BACKWARD)
+_SUMS = "(Tensor dx, Tensor s1, Tensor s2)"  # (B, C) float32, see _small_gradients
+_GRADIENTS = "Tensor[]"  # of x, weight and bias, and of scale and shift where they are
+torch.library.define("ldm_sg::group_norm_silu", _FORWARD)
+torch.library.define("ldm_sg::group_norm_silu_backward", _GIVEN + _GRADIENTS)
+torch.library.define("ldm_sg::group_norm_silu_slab", _FORWARD)  # csrc/cuda's part of the two
+torch.library.define("ldm_sg::group_norm_silu_slab_backward", _GIVEN + _SUMS)
 
 
 @torch.library.register_fake("ldm_sg::group_norm_silu")
@@ -57,9 +61,11 @@ def _(
 
 
 @torch.library.register_fake("ldm_sg::group_norm_silu_backward")
-def _(dy: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    s1 = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return torch.empty_like(x), s1, torch.empty_like(s1)
+def _(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, *_: object
+) -> list[Tensor]:
+    modulation = () if scale is None else (scale.new_empty(x.shape[:2]) for _ in range(2))
+    return [torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), *modulation]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -70,21 +76,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    """Every gradient, from s1 = sum dz and s2 = sum dz xhat over a channel's pixels; docs/kernels.md."""
-    if torch.is_grad_enabled():
-        raise NotImplementedError("group_norm_silu has no second derivative in this dtype; float64 has one")
     x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
     dy = dy.contiguous(memory_format=_layout(x))
-    dx, s1, s2 = torch.ops.ldm_sg.group_norm_silu_backward(
+    gradients = torch.ops.ldm_sg.group_norm_silu_backward.default(
         dy, x, mean, rstd, weight, bias, scale, shift, ctx.groups, ctx.silu
     )
-    dscale = dshift = None
-    dweight, dbias = s2, s1
-    if scale is not None:
-        gain = 1 + scale.float()
-        dweight, dbias = s2 * gain, s1 * gain
-        dscale, dshift = (s2 * weight + s1 * bias).to(scale.dtype), s1.to(shift.dtype)
-    return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), dscale, dshift, None, None, None
+    return *gradients, *[None] * (8 - len(gradients))
 
 
 def _in_registers(x: Tensor, *given: Any) -> bool:
@@ -105,15 +102,28 @@ def _forward_cuda(x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.impl("ldm_sg::group_norm_silu_backward", "CUDA")
-def _backward_cuda(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_cuda(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *given: Any) -> list[Tensor]:
     if _in_shared_memory(x, *given) and not extension.missing("cuda"):
-        return torch.ops.ldm_sg.group_norm_silu_slab_backward(dy, x, mean, rstd, *given)
-    from ldm_sg.ops.group_norm_silu_triton import backward
+        dx, s1, s2 = torch.ops.ldm_sg.group_norm_silu_slab_backward(dy, x, mean, rstd, *given)
+    else:
+        from ldm_sg.ops.group_norm_silu_triton import backward
 
-    return backward(dy, x, mean, rstd, *given)
+        dx, s1, s2 = backward(dy, x, mean, rstd, *given)
+    return [dx, *_small_gradients(s1, s2, *given[:4])]
 
 
-torch.library.register_autograd("ldm_sg::group_norm_silu", _gradients, setup_context=_save)
+def _small_gradients(
+    s1: Tensor, s2: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> list[Tensor]:
+    """All gradients but that of x, from s1 = sum dz and s2 = sum dz xhat over a channel's pixels; docs/kernels.md."""
+    if scale is None or shift is None:
+        return [s2.sum(0).to(weight.dtype), s1.sum(0).to(bias.dtype)]
+    gain = 1 + scale.float()
+    affine = [(s2 * gain).sum(0).to(weight.dtype), (s1 * gain).sum(0).to(bias.dtype)]
+    return [*affine, (s2 * weight + s1 * bias).to(scale.dtype), s1.to(shift.dtype, copy=True)]
+
+
+_run = differentiable(torch.ops.ldm_sg.group_norm_silu.default, _save, _gradients)
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -123,7 +133,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 def _dense(x: Tensor) -> Tensor:
     """Give `x` contiguous or channels-last, itself where it is."""
-    return x.contiguous(memory_format=_layout(x))
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 def _fused(
@@ -136,16 +146,25 @@ def _fused(
     eps: float,
     silu: bool,
 ) -> Tensor:
-    return torch.ops.ldm_sg.group_norm_silu(_dense(x), weight, bias, scale, shift, groups, eps, silu)[0]
+    return _run(_dense(x), weight, bias, scale, shift, groups, eps, silu)[0]
 
 
 def _is_map(x: Tensor, *_: object) -> bool:
     return x.dim() == 4
 
 
+def _is_slight(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, *rest: Any) -> bool:
+    """So little work that a gradient written in Python costs more than the kernels save; docs/kernels.md."""
+    if scale is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return (x.requires_grad or weight.requires_grad) and x.numel() <= (2**15 if rest[-1] else 2**17)
+
+
+_SLIGHT = "to 2^15 (no SiLU: 2^17), plain, training"
 _TRITON, _CUDA = "ops/group_norm_silu_triton.py", "csrc/cuda/group_norm_silu.cu"
 _NO_TRITON = "" if importlib.util.find_spec("triton") else "there is no triton: pip install triton"
 TABLE = (
+    Row("cpu", (torch.float32,), _SLIGHT, _is_slight, "plain torch", group_norm_silu_reference),
     Row("cpu", FLOATS, "(B, C, H, W)", _is_map, "csrc/cpu/group_norm_silu.cpp", _fused, extension.missing("cpu")),
     Row("cuda", FLOATS, "a group fits into registers", _in_registers, f"{_TRITON}, 1 read", _fused, _NO_TRITON),
     Row("cuda", FLOATS, "into shared memory", _in_shared_memory, _CUDA, _fused, extension.missing("cuda")),
@@ -181,7 +200,7 @@ def group_norm_silu(
     Source: Wu & He (2018), eq. 1 and 2.
     """
     assert (scale is None) == (shift is None), "scale and shift come together"
-    if x.shape[1] % groups:
+    if x.size(1) % groups:
         raise ValueError(f"got {x.shape[1]} channels and {groups} groups, expected groups to divide the channels")
     arguments = (x, weight, bias, scale, shift, groups, eps, silu)
     return choose(TABLE, *arguments)(*arguments)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ldm_sg.ops import extension
+from ldm_sg.ops.gradient import differentiable
 from ldm_sg.ops.table import FLOATS, Row, anything, choose
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -142,12 +143,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.ldm_sg.prefix_attention_backward(d_out, *ctx.saved_tensors, ctx.scale)
-    has_prefix = ctx.saved_tensors[3] is not None
-    return *gradients[:3], *(gradients[3:] if has_prefix else (None, None)), None
+    saved = ctx.saved_tensors  # asked for once: checkpointing computes them on demand
+    gradients = torch.ops.ldm_sg.prefix_attention_backward(d_out, *saved, ctx.scale)
+    return *gradients[:3], *(gradients[3:] if saved[3] is not None else (None, None)), None
 
 
-torch.library.register_autograd("ldm_sg::prefix_attention", _backward, setup_context=_save)
+_run = differentiable(torch.ops.ldm_sg.prefix_attention.default, _save, _backward)
 
 
 @register_flop_formula(torch.ops.ldm_sg.prefix_attention)
@@ -165,7 +166,7 @@ def _flops_backward(d_out: object, *shapes: Any, **__: object) -> int:
 
 
 def _ours(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor | None, v_prefix: Tensor | None, scale: float) -> Tensor:
-    return torch.ops.ldm_sg.prefix_attention(q, k, v, k_prefix, v_prefix, scale)[0]
+    return _run(q, k, v, k_prefix, v_prefix, scale)[0]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor | None, v_prefix: Tensor | None, scale: float) -> Tensor:

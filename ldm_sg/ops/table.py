@@ -48,11 +48,11 @@ def choose(table: Sequence[Row], *arguments: Any) -> Callable[..., Any]:
         The row's `run`.
     """
     first: Tensor = arguments[0]
-    device, dtype = first.device.type, first.dtype
-    for row in table:
-        served = row.device in (device, "any") and (row.dtypes is None or dtype in row.dtypes)
-        if served and not row.missing and row.fits(*arguments):
-            return row.run
+    kind, dtype = first.device.type, first.dtype
+    for device, dtypes, _, fits, _, run, missing in table:
+        served = device in (kind, "any") and (dtypes is None or dtype in dtypes)
+        if served and not missing and fits(*arguments):
+            return run
     raise AssertionError("the last row of a table serves all")
 
 

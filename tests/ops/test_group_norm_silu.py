@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_sg.ops import extension, group_norm_silu
-from ldm_sg.ops.group_norm_silu import TABLE, group_norm_silu_reference
+from ldm_sg.ops.group_norm_silu import TABLE, _small_gradients, group_norm_silu_reference
+from ldm_sg.ops.group_norm_silu import _fused as fused  # the kernel, wherever the table would send its arguments
 from ldm_sg.ops.table import choose
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -138,13 +141,6 @@ def gradients(run: Callable[..., Tensor], tensors: list[Tensor | None], dy: Tens
     return list(torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype)))
 
 
-def fused(*arguments: object) -> Tensor:
-    """The public function with the reference's arguments, and a check that the kernel serves them."""
-    assert choose(TABLE, *arguments) is not group_norm_silu_reference
-    *tensors, groups, eps, silu = arguments
-    return group_norm_silu(*tensors, groups=groups, eps=eps, silu=silu)
-
-
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Every uninitialised tensor is full of NaN."""
@@ -202,6 +198,18 @@ def test_silu_over_its_whole_range() -> None:
     exact = z.double() * torch.sigmoid(z.double())
     assert ((got - exact).abs() <= 2.5e-7 * z.double().abs().clamp(min=1)).all()
     assert got[-3:].tolist() == pytest.approx([0, 0, 1e30], rel=1e-6, abs=1e-8)
+
+
+@kernel
+def test_silu_of_nan_and_infinity() -> None:
+    payloads = torch.tensor([0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1, -0x3FFFFF]).int().view(torch.float32)
+    z = torch.cat([payloads, torch.tensor([torch.inf, -torch.inf])])
+    x, ones = torch.zeros(1, len(z), 1, 2), torch.ones(len(z))
+    got = fused(x, ones, z, None, None, 1, 1e-5, True)[0, :, 0, 0]
+    assert torch.equal(got.isnan(), F.silu(z).isnan())
+    assert got[:5].isnan().all() and got[5] == torch.inf
+    dy = torch.zeros_like(x) + payloads[1]
+    assert gradients(fused, [x, ones, torch.zeros(len(z)), None, None], dy, 1, 1e-5, True)[0].isnan().all()
 
 
 @kernel
@@ -323,6 +331,45 @@ def test_second_derivative_is_refused() -> None:
     x, *rest = typed((2, 12, 4, 5), torch.float32, torch.contiguous_format)
     with pytest.raises(NotImplementedError, match="float64"):
         torch.autograd.grad(fused(x.requires_grad_(), *rest, 3, 1e-5, True).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_small_gradients_follow_from_the_sums(modulated: bool) -> None:
+    tensors = inputs((3, 6, 4, 5))[: 5 if modulated else 3] + [None, None] * (not modulated)
+    dy = torch.randn(3, 6, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    exact = gradients(group_norm_silu_reference, tensors, dy, 3, 1e-5, True)[1:]
+    zeros = [torch.zeros(3, 6).double(), torch.zeros(3, 6).double()]
+    scale, shift = tensors[3:] if modulated else zeros
+    of_scale, s1 = gradients(group_norm_silu_reference, [*tensors[:3], scale, shift], dy, 3, 1e-5, True)[3:]
+    s2 = (of_scale - s1 * tensors[2]) / tensors[1]
+    for got, true in zip(_small_gradients(s1, s2, *tensors[1:]), exact, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-6, atol=1e-6)
+
+
+@kernel
+@pytest.mark.parametrize(
+    ("change", "is_slight"),
+    [
+        ({}, True),
+        ({"dtype": torch.bfloat16}, False),
+        ({"modulated": True}, False),
+        ({"grad": False}, False),
+        ({"leaf": False}, False),
+        ({"side": 8}, False),
+        ({"side": 8, "silu": False}, True),
+        ({"side": 16, "silu": False}, False),
+    ],
+)
+def test_plain_torch_serves_slight_work(change: dict[str, Any], is_slight: bool) -> None:
+    case = {"side": 4, "dtype": torch.float32, "modulated": False, "grad": True, "leaf": True, "silu": True} | change
+    shape = (8, 96, case["side"], case["side"])
+    tensors = typed(shape, case["dtype"], torch.channels_last, case["modulated"])
+    tensors[1].requires_grad_(case["leaf"])
+    with torch.set_grad_enabled(case["grad"]):
+        chosen = choose(TABLE, *tensors, 2, 1e-5, case["silu"])
+        y = group_norm_silu(*tensors, groups=2, silu=case["silu"])
+    assert chosen is (group_norm_silu_reference if is_slight else fused)
+    assert torch.equal(y, chosen(*tensors, 2, 1e-5, case["silu"]))
 
 
 @pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"shape": (2, 12, 4)}, {"shape": (2, 12, 2, 3, 4)}])

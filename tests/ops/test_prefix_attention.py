@@ -227,6 +227,15 @@ def test_opcheck(has_prefix: bool) -> None:
 
 
 @kernel
+def test_keys_infinitely_far_off_weigh_nothing() -> None:
+    q, k, v, *_ = (t.abs() + 0.1 for t in inputs(torch.float32))
+    k[:, 2], v[:, 2] = -torch.inf, 1e38
+    near = [0, 1, 3, 4, 5, 6]
+    exact = reference(q.double(), k[:, near].double(), v[:, near].double(), None, None, 0.7)[0]
+    torch.testing.assert_close(OP(q, k, v, None, None, 0.7)[0].double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@kernel
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own, while it traces
 def test_compiled_and_exported_graphs_hold_the_op() -> None:
     tensors = packed("odd", torch.float32)
