@@ -142,9 +142,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.ldm_sg.prefix_attention_backward(d_out, *ctx.saved_tensors, ctx.scale)
-    has_prefix = ctx.saved_tensors[3] is not None
-    return *gradients[:3], *(gradients[3:] if has_prefix else (None, None)), None
+    saved = ctx.saved_tensors  # asked for once: checkpointing computes them on demand
+    gradients = torch.ops.ldm_sg.prefix_attention_backward(d_out, *saved, ctx.scale)
+    return *gradients[:3], *(gradients[3:] if saved[3] is not None else (None, None)), None
 
 
 torch.library.register_autograd("ldm_sg::prefix_attention", _backward, setup_context=_save)
