@@ -126,8 +126,7 @@ def test_no_kernel_spills(ahead_of_time: SimpleNamespace, architecture: int) -> 
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("prefix", [0, 8, 16])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "prefix"), [(torch.bfloat16, 8), (torch.float16, 0)], ids=str)
 def test_no_site_spills(ahead_of_time: SimpleNamespace, architecture: int, dtype: torch.dtype, prefix: int) -> None:
     for tokens, width in SITES:
         check_code(ahead_of_time, architecture, tokens, width, prefix, dtype)
