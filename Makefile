@@ -1,16 +1,20 @@
 # make demo: everything from a bare machine to a report; make test: the tests. Both set up .venv first.
+# make kernels: GPU kernels compiled for every shape and architecture, where make test takes one shape of each.
 # make faults: annotation killed at 50 random instants instead of the tests' 8, and every other fault.
 PYTHON ?= python3
 BIN := .venv/bin
 FAISS := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 
-.PHONY: demo test faults lint bench setup clean
+.PHONY: demo test kernels faults lint bench setup clean
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" python tools/demo.py
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+kernels: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m kernels
 
 faults: setup
 	OMP_NUM_THREADS=1 FAULT_KILLS=$(or $(KILLS),50) $(BIN)/python -m pytest tests/annotate/test_faults.py --durations 5

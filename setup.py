@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -55,7 +56,9 @@ def cuda_command() -> list[str]:
     if not (os.environ.get("LDM_SG_CUDA") or Path("/dev/nvidia0").exists()):
         raise CompileError("no GPU is visible; LDM_SG_CUDA=1 builds it all the same")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES if f"compute_{a}" in known]
+    asked = re.findall(r"(\d+)\.(\d)", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))  # "8.0;9.0", as torch reads it
+    wanted = ["".join(version) for version in asked] or CUDA_ARCHITECTURES
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted if f"compute_{a}" in known]
     flags = ["-O3", "-std=c++20", "-shared", "-Xcompiler=-fPIC", "--cudart=shared", "--threads=0", "-DUSE_CUDA"]
     return [nvcc, *flags, *codes, "-Xptxas=-v", "-ltorch_cuda"]
 

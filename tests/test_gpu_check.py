@@ -29,6 +29,7 @@ def results(check: ModuleType) -> ModuleType:
     return importlib.import_module("gpu.results")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, of its copies
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_run_on_tiny_shapes(check: ModuleType, results: ModuleType, tmp_path: Path, part: str) -> None:
     made = results.Results(tmp_path / "cpu.csv", resume=False)

@@ -45,8 +45,8 @@ class PackedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return conv(x)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return conv(x)  # torch.compile packs by itself, and cannot trace the packing
         where = ([*conv.padding], [*conv.stride], [*conv.dilation], conv.groups)
         if x.shape != self.shape:
             self.shape = x.shape

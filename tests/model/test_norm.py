@@ -13,9 +13,42 @@ from ldm_sg.ops import extension
 from ldm_sg.ops.group_norm_silu import TABLE, group_norm_silu, group_norm_silu_reference
 from ldm_sg.ops.table import choose
 
-NETWORKS = {
-    "108M": ({}, 82, 24),
-    "295M": ({"base": 192, "multipliers": (1, 2, 2, 4, 4), "attention": (1, 2, 4, 8)}, 92, 29),
+PLAIN, MODULATED, ATTENTION = (False, True), (True, True), (False, False)  # (modulated, silu)
+Widths = dict[tuple[bool, bool], dict[int, tuple[int, ...]]]
+
+# What the definition of the network has at each side of the map, found by hand: a block's first norm takes the width
+# before it (on the way up, with the skip's), its second the width behind it at the resampled side; then attention's.
+NETWORKS: dict[str, tuple[dict[str, Any], int, Widths]] = {  # settings, norms, widths
+    "108M": (
+        {},
+        2 * 35 + 11 + 1,  # blocks (2 x 5 levels, 4 down, 2, 3 x 5, 4 up), attentions (2, 2; 1; 3, 3), the last
+        {
+            PLAIN: {
+                32: (128, 256, 384),
+                16: (128, 256, 384, 512),
+                8: (256, 512, 640),
+                4: (256, 384, 640, 768, 896),
+                2: (384, 512, 896, 1024),
+            },
+            MODULATED: {32: (128, 256), 16: (128, 256), 8: (256, 384), 4: (256, 384, 512), 2: (384, 512)},
+            ATTENTION: {8: (256,), 4: (384,), 2: (512,)},
+        },
+    ),
+    "295M": (
+        {"base": 192, "multipliers": (1, 2, 2, 4, 4), "attention": (1, 2, 4, 8)},
+        2 * 35 + 21 + 1,  # attentions (2 x 4; 1; 3 x 4)
+        {
+            PLAIN: {
+                32: (192, 384, 576),
+                16: (192, 384, 576, 768),
+                8: (384, 768, 1152),
+                4: (384, 768, 1152, 1536),
+                2: (768, 1536),
+            },
+            MODULATED: {32: (192, 384), 16: (192, 384), 8: (384, 768), 4: (384, 768), 2: (768,)},
+            ATTENTION: {32: (192,), 16: (384,), 8: (384,), 4: (768,), 2: (768,)},
+        },
+    ),
 }
 
 
@@ -35,9 +68,12 @@ def sites(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> list[tup
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_normalisation_is_the_op(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, count, kinds = NETWORKS[name]
+    settings, count, widths = NETWORKS[name]
     found = sites(monkeypatch, settings)
-    assert (len(found), len(set(found))) == (count, kinds)
+    assert len(found) == count
+    assert set(found) == {
+        (width, side, *kind, 32) for kind, maps in widths.items() for side, of in maps.items() for width in of
+    }
 
 
 @pytest.mark.skipif(bool(extension.missing("cpu")), reason=extension.missing("cpu") or "it is here")

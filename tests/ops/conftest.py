@@ -25,8 +25,10 @@ def interpreted() -> Iterator[Callable[..., Any]]:
     pytest.importorskip("triton", reason="torch brings no triton on this platform")
     spawn = multiprocessing.get_context("spawn")
     poison = {"initializer": torch.use_deterministic_algorithms, "initargs": (True,)}
-    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, spawn, **poison) as pool:
-        patch.setenv("TRITON_INTERPRET", "1")  # inherited when the first call starts the process
+    with ProcessPoolExecutor(1, spawn, **poison) as pool:
+        with pytest.MonkeyPatch.context() as patch:  # of that process alone: kernels read it here too when they launch
+            patch.setenv("TRITON_INTERPRET", "1")
+            pool.submit(int).result()  # starts it
         yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
 
 

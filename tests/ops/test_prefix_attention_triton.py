@@ -110,15 +110,41 @@ def check_code(ahead_of_time: SimpleNamespace, architecture: int, *site: Any) ->
     return compiled
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_no_site_spills(ahead_of_time: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, architecture: int) -> None:
-    monkeypatch.setattr(kernels, "_is_ampere", lambda device: architecture < 90)
-    for tokens, width in SITES if architecture == 90 else [(64, 48), (16, 96), (256, 48), (32, 64)]:
-        check_code(ahead_of_time, architecture, tokens, width, 8, torch.bfloat16)
+FULLEST = (256, 48), (16, 96)  # of the networks' sites: every kernel, in the largest of its tiles but for odd widths
 
 
-def test_loads_are_16_bytes_wide_and_products_use_tensor_cores(ahead_of_time: SimpleNamespace) -> None:
-    for tokens, width, instruction in ((64, 32, "HGMMA"), (16, 48, "HMMA"), (1024, 24, "HGMMA")):
-        for code in check_code(ahead_of_time, 90, tokens, width, 0, torch.float16):
-            assert instruction in code.sass, f"{tokens} tokens: {code.name}"
-            assert "LDG.E.128" in code.sass or "LDGSTS.E.BYPASS.128" in code.sass, f"{tokens} tokens: {code.name}"
+@pytest.fixture(params=[80, 90, 100])
+def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A GPU whose tiles are chosen."""
+    monkeypatch.setattr(kernels, "_is_ampere", lambda device: request.param < 90)
+    return request.param
+
+
+def test_no_kernel_spills(ahead_of_time: SimpleNamespace, architecture: int) -> None:
+    names = {c.name for site in FULLEST for c in check_code(ahead_of_time, architecture, *site, 8, torch.bfloat16)}
+    assert len(names) == 4
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("dtype", "prefix"), [(torch.bfloat16, 8), (torch.float16, 0)], ids=str)
+def test_no_site_spills(ahead_of_time: SimpleNamespace, architecture: int, dtype: torch.dtype, prefix: int) -> None:
+    for tokens, width in SITES:
+        check_code(ahead_of_time, architecture, tokens, width, prefix, dtype)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "prefix", "dtype", "instruction"),
+    [
+        (256, 48, 8, torch.bfloat16, "HGMMA"),  # compiled above
+        (16, 96, 8, torch.bfloat16, "HMMA"),
+        pytest.param(64, 32, 0, torch.float16, "HGMMA", marks=pytest.mark.kernels),
+        pytest.param(16, 48, 0, torch.float16, "HMMA", marks=pytest.mark.kernels),
+        pytest.param(1024, 24, 0, torch.float16, "HGMMA", marks=pytest.mark.kernels),
+    ],
+)
+def test_loads_are_16_bytes_wide_and_products_use_tensor_cores(
+    ahead_of_time: SimpleNamespace, tokens: int, width: int, prefix: int, dtype: torch.dtype, instruction: str
+) -> None:
+    for code in check_code(ahead_of_time, 90, tokens, width, prefix, dtype):
+        assert instruction in code.sass, f"{tokens} tokens: {code.name}"
+        assert "LDG.E.128" in code.sass or "LDGSTS.E.BYPASS.128" in code.sass, f"{tokens} tokens: {code.name}"
