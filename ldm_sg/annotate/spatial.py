@@ -20,6 +20,7 @@ from ldm_sg.annotate.fitting import stored_features
 from ldm_sg.annotate.job import WORKERS, Job, one_thread
 from ldm_sg.annotate.masks import MaskAnnotator, StegoOptions, fit_masks
 from ldm_sg.data import BadImage, batches, decode_rgb, to_model_range
+from ldm_sg.data.crop import CROPS, Square
 from ldm_sg.data.masks import VOID
 from ldm_sg.hardware import choose_device
 from ldm_sg.store import Store
@@ -70,14 +71,14 @@ def read_image(job: Job, key: str) -> Image.Image:
         ) from error
 
 
-def image_sizes(job: Job, store: Store) -> np.ndarray:
-    """Measure the images of all rows: (N, 2) int64 width and height."""
+def image_squares(job: Job, store: Store) -> list[Square]:
+    """Find the squares that the images of all rows are cropped to; this reads the images, as it takes their sizes."""
     with job.bar("sizes", store.num_rows) as bar:
-        sizes = []
+        found = []
         for key in store.keys:
-            sizes.append(read_image(job, key).size)
+            found.append(CROPS[job.config.crop](*read_image(job, key).size, key))
             bar.update()
-    return np.array(sizes, np.int64).reshape(-1, 2)
+    return found
 
 
 @one_thread()
@@ -105,7 +106,9 @@ def find_boxes(job: Job, store: Store, cells: int) -> tuple[np.ndarray, np.ndarr
             shown.thumbnail((LONGEST_PX, LONGEST_PX), Image.Resampling.BICUBIC)
             keys = extractor.keys(to_model_range(np.asarray(shown)[None]))
             if keys.any():
-                found = stage({"attention_keys": keys, "size": np.array([image.size]), "shown": np.array([shown.size])})
+                sizes = {"size": np.array([image.size]), "shown": np.array([shown.size])}
+                squares = [CROPS[job.config.crop](*image.size, key)]
+                found = stage({"attention_keys": keys, **sizes, "square": squares})
                 boxes[row], masks[row] = found["box"][0], np.where(found["box_mask"][0, 0], 0, VOID)
             bar.update()
     return boxes, masks
@@ -151,7 +154,7 @@ def squares(job: Job, store: Store, extractor: DenseExtractor, stage: str) -> It
     p = extractor.patch_px
     side = -(-max(job.config.size_px, extractor.native_px) // p) * p
     with job.bar(stage, store.num_rows) as bar:
-        for batch in batches(job.source, store.keys, side, job.config.batch_size, WORKERS):
+        for batch in batches(job.source, store.keys, side, job.config.batch_size, WORKERS, job.config.crop):
             if batch["bad"]:
                 key, reason = batch["bad"][0]
                 raise ValueError(f"{key} can no longer be read ({reason}): restore it, or annotate into another --out")
