@@ -162,7 +162,7 @@ class EvaluateConfig:
     """Images to numbers."""
 
     images_per_cluster: int = 4  # for the guidance agreement
-    unguided_images: int = 256  # for the histogram at w=0
+    unguided_images: int = 256  # for the histogram at w=0; as many as guided ones where those are more
 
 
 @dataclass

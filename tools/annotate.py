@@ -49,7 +49,9 @@ def arguments() -> argparse.Namespace:
     )
     made.add_argument("--autoencoder", metavar="NAME", help="pixels to latents; default from the configuration")
     made.add_argument("--size", type=int, dest="size_px", metavar="PX", help="side of the cropped square; default 256")
-    made.add_argument("--crop", choices=sorted(CROPS), help="of the short side, or a smaller square anywhere; default center")
+    made.add_argument(
+        "--crop", choices=sorted(CROPS), help="of the short side, or a smaller square anywhere; default center"
+    )
     made.add_argument("--max-bad", type=float, metavar="SHARE", help="share of unreadable images allowed; default 0.1")
     made.add_argument(
         "--lease",

@@ -60,4 +60,6 @@ def class_masks(maps: Iterable[tuple[np.ndarray, Square]], cells: int) -> np.nda
     Returns:
         (N, h, w) uint8 index maps.
     """
-    return np.array([crop_index_map(index, square, cells) for index, square in maps], np.uint8).reshape(-1, cells, cells)
+    return np.array([crop_index_map(index, square, cells) for index, square in maps], np.uint8).reshape(
+        -1, cells, cells
+    )

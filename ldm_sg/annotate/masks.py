@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -226,9 +226,7 @@ def start_probe(
     return torch.from_numpy(found).to(next(head.parameters()).device)
 
 
-def train_probe(
-    head: Head, dense: Dense, num_images: int, start: Tensor, seed: int, options: StegoOptions
-) -> Tensor:
+def train_probe(head: Head, dense: Dense, num_images: int, start: Tensor, seed: int, options: StegoOptions) -> Tensor:
     """Train the cluster probe on the codes of a trained head.
 
     Args:
@@ -388,27 +386,3 @@ def loss_terms(
         "knn": b.knn_weight * against(other_features, other, there, b.knn_shift),
         "random": b.random_weight * random,
     }
-
-
-@dataclass(frozen=True)
-class MaskAnnotator:
-    """The stage that adds masks to a batch.
-
-    Attributes:
-        segmenter: trained.
-        cells: the latents' side.
-    """
-
-    segmenter: Segmenter
-    cells: int
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Annotate a batch.
-
-        Args:
-            batch: "dense" (b, h, w, D) tensor, perhaps "dense_mirrored" of the mirror images, among others.
-        Returns:
-            The batch with "mask" (b, cells, cells) uint8 index maps.
-        """
-        masks = self.segmenter(batch["dense"], self.cells, batch.get("dense_mirrored"))
-        return {**batch, "mask": masks.cpu().numpy()}

@@ -117,14 +117,15 @@ def card(run: Run) -> str:
     numbers = [f"| {what} | {value} | {bound} |" for what, value, bound in rows]
     provenance = [f"| {name} | {value} |" for name, value in facts.provenance.items()]
     drawn = facts.provenance.get("algorithm") == "ground truth"
+    labels = "whose labels guide it" if drawn else "none of whose labels were used"
     return "\n".join(
         [
             f"# {run.name}",
             "",
-            f"A latent diffusion model, {facts.size_px} px, guided by {guided_by(run)}; {run.steps_done()} training steps.",
+            f"A latent diffusion model, {facts.size_px} px, guided by {guided_by(run)}; {run.steps_done()} steps.",
             "",
             "## Data",
-            f"{facts.num_images} images of {Path(facts.dataset).name}, {'guided by what people drew' if drawn else 'none of whose labels were used'}.",
+            f"{facts.num_images} images of {Path(facts.dataset).name}, {labels}.",
             f"Latents: {facts.autoencoder.partition('=')[0]}, {facts.latent_shape}.",
             "",
             "## Annotation",
@@ -172,7 +173,7 @@ def usage(run: Run) -> list[str]:
         '    clusters, masks = kept(Path("."), [17, 3])  # of training images, as guidance.safetensors has them',
         f"    pipe(clusters=clusters, masks=masks, {options}",
         "",
-        "`python loader.py 17` takes those of training image 17. Masks of your own are index maps as `guide` describes.",
+        "`python loader.py 17` takes those of image 17. `guide` in it says what masks of your own must be.",
     ]
 
 

@@ -1,7 +1,7 @@
 """Sample from an exported folder, beside which this file lies: python loader.py 17 writes 17.png (pip install ldm_sg).
 
-model_index.json holds every setting, unet/ the averaged weights and vae/ the autoencoder. Numbers are clusters, or, where
-there is guidance.safetensors, the training images whose masks and labels lie in it. Without a number, nothing guides.
+model_index.json holds every setting, unet/ the averaged weights and vae/ the autoencoder. Numbers are clusters, or,
+where there is guidance.safetensors, the training images whose masks and labels lie in it. Without one, nothing guides.
 """
 
 import json
@@ -49,7 +49,7 @@ def guide(settings: dict[str, Any], clusters: Clusters | None, masks: np.ndarray
 
     Args:
         settings: that of model_index.json.
-        clusters: one entry per image; None with masks takes those that are in them, and without masks guides by nothing.
+        clusters: one entry per image; None with masks takes those in them, and without masks guides by nothing.
         masks: (B, h, w) index maps of the latents' size, 255 where there is no class; None where the run has none.
     Returns:
         "label" (B, K) and, with masks, "spatial" (B, S, h, w); {} for no guidance.
@@ -65,7 +65,9 @@ def guide(settings: dict[str, Any], clusters: Clusters | None, masks: np.ndarray
         shape = None if masks is None else tuple(masks.shape[1:])
         expected = f"index maps (B, {sides[0]}, {sides[1]}); loader.py's kept gives some" if channels else "none"
         if masks is None or not channels or shape != sides:
-            raise ValueError(f"got {'no masks' if masks is None else f'masks of shape {masks.shape}'}, expected {expected}")
+            raise ValueError(
+                f"got {'no masks' if masks is None else f'masks of shape {masks.shape}'}, expected {expected}"
+            )
         guidance["spatial"] = one_hot_masks(torch.from_numpy(np.asarray(masks, np.int64)), channels)
     if clusters is not None:
         several = [torch.tensor([c] if isinstance(c, int) else list(c), dtype=torch.long) for c in clusters]
@@ -76,9 +78,12 @@ def guide(settings: dict[str, Any], clusters: Clusters | None, masks: np.ndarray
 
 
 def kept(folder: Path, numbers: Sequence[int]) -> tuple[list[list[int]], np.ndarray | None]:
-    """Give the clusters and masks of training images, by their number in guidance.safetensors, as `guide` takes them."""
+    """Give clusters and masks of training images, by their number in guidance.safetensors, as `guide` takes them."""
     settings = json.loads((folder / "model_index.json").read_text())["settings"]
     found = load_arrays(folder / GUIDANCE)
+    wrong = [number for number in numbers if not 0 <= number < len(found["labels"])]
+    if wrong:
+        raise ValueError(f"got {wrong[0]}, expected 0 to {len(found['labels']) - 1}, the images of {GUIDANCE}")
     labels = found["labels"][numbers]
     hot = labels if labels.ndim == 2 else labels[:, None] == np.arange(settings["num_clusters"])
     return [np.flatnonzero(row).tolist() for row in hot], found["masks"][numbers] if "masks" in found else None

@@ -87,7 +87,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         """Make images.
 
         Args:
-            clusters: one id, or a list of them, per seed, or one id for all; None without masks samples without guidance.
+            clusters: one id, or a list of them, per seed, or one id for all; None without masks guides by nothing.
             seeds: one per image.
             masks: one index map per seed, where the run is guided by them; as for `ldm_sg.evaluate.loader.guide`.
             output_type: "pil", or "np" for (B, S, S, 3) uint8.

@@ -14,7 +14,6 @@ from ldm_sg.annotate.masks import (
     BALANCES,
     Balance,
     Head,
-    MaskAnnotator,
     Segmenter,
     StegoOptions,
     centre_spatially,
@@ -30,6 +29,7 @@ from ldm_sg.annotate.masks import (
     start_probe,
     train_probe,
 )
+from ldm_sg.annotate.spatial import MaskAnnotator
 from ldm_sg.evaluate.segmentation import count_pairs, match_and_score
 
 SIDE, STRIDE, TEXTURES, SCENES = 64, 4, 5, 64
@@ -259,7 +259,10 @@ def test_probe_loss_in_numbers() -> None:
 
 def test_probe_finds_directions_and_leaves_the_head_alone() -> None:
     rng = torch.Generator().manual_seed(0)
-    head, directions = Head(8).requires_grad_(False), torch.randn(3, 8, generator=rng)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        head = Head(8).requires_grad_(False)
+    directions = torch.randn(3, 8, generator=rng)
     with torch.no_grad():
         head.nonlinear[2].weight.zero_()
         head.nonlinear[2].bias.zero_()
@@ -281,7 +284,7 @@ def test_probe_finds_directions_and_leaves_the_head_alone() -> None:
         torch.testing.assert_close(centroids.norm(dim=1), torch.ones(3))
         cosines = true @ centroids.T
         assert sorted(cosines.argmax(1).tolist()) == [0, 1, 2] and cosines.amax(1).min() > 0.99
-    assert probe_loss(head(features), poor) > -0.8
+    assert probe_loss(head(features), poor) > -0.85
     assert probe_loss(head(features), found) < -0.99
 
 

@@ -53,7 +53,9 @@ def test_random_squares_lie_in_the_image_and_depend_on_the_key(width, height):
     assert squares == [random_square(width, height, f"{i}.png") for i in range(200)]
     left, top, side = np.array(squares).T
     assert left.min() >= 0 and top.min() >= 0 and (left + side).max() <= width and (top + side).max() <= height
-    assert side.min() >= max(1, round(min(width, height) / 1.25)) and side.max() <= max(1, round(min(width, height) / 1.05))
+    assert side.min() >= max(1, round(min(width, height) / 1.25)) and side.max() <= max(
+        1, round(min(width, height) / 1.05)
+    )
     if min(width, height) > 9:  # all places are drawn
         assert left.min() == 0 and (left + side).max() > 0.98 * width and len(set(squares)) > 150
 

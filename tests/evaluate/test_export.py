@@ -102,6 +102,8 @@ def test_boxes_and_masks(scene_run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     module = runpy.run_path(str(folder / "loader.py"))
     clusters, masks = module["kept"](folder, places)
     assert masks.shape == (3, 8, 8)
+    with pytest.raises(ValueError, match=r"got 24, expected 0 to 23, the images of guidance\.safetensors"):
+        module["kept"](folder, [3, 24])
     got = module["sample"](folder, clusters, seeds, masks)
     assert np.abs(got.astype(int) - expected).max() <= 1
     pipe = opened(folder, monkeypatch)
