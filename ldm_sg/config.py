@@ -19,6 +19,7 @@ from yaml import YAMLError
 CONFIG_ROOT = Path(__file__).resolve().parents[1] / "configs"
 
 CHOICES = {
+    "annotate.crop": ("center", "random"),
     "diffusion.parameterisation": ("eps", "v", "edm"),
     "diffusion.schedule": ("linear", "scaled_linear", "cosine", "edm"),
     "diffusion.loss": ("l2", "l1"),
@@ -54,6 +55,7 @@ class AnnotateConfig:
 
     dataset: str = "elpv"  # a name of ldm_sg.data.DATASETS, a path, or a URL
     size_px: int = 256  # side of the square that images are cropped and resized to
+    crop: str = "center"  # or random: a square of 80 to 95 % of the short side, drawn once for each image by its key
     autoencoder: str = "patch-pca"  # or identity, kl-f8, taesd; kl-f8=<file, folder or repository> names the weights
     patch_px: int = 16  # patch-pca: side of a patch, also the downsampling factor
     latent_channels: int = 16  # patch-pca: components kept per patch
@@ -159,7 +161,7 @@ class EvaluateConfig:
     """Images to numbers."""
 
     images_per_cluster: int = 4  # for the guidance agreement
-    unguided_images: int = 256  # for the histogram at w=0
+    unguided_images: int = 256  # for the histogram at w=0; as many as guided ones where those are more
 
 
 @dataclass

@@ -21,6 +21,7 @@ from ldm_sg.annotate.columns import KINDS_TEXT
 from ldm_sg.annotate.features import FEATURES
 from ldm_sg.config import AnnotateConfig, check, config_path, load_config
 from ldm_sg.data import DATASETS, open_source
+from ldm_sg.data.crop import CROPS
 from ldm_sg.store import LEASE_S
 
 STORES = Path("stores")
@@ -48,6 +49,9 @@ def arguments() -> argparse.Namespace:
     )
     made.add_argument("--autoencoder", metavar="NAME", help="pixels to latents; default from the configuration")
     made.add_argument("--size", type=int, dest="size_px", metavar="PX", help="side of the cropped square; default 256")
+    made.add_argument(
+        "--crop", choices=sorted(CROPS), help="of the short side, or a smaller square anywhere; default center"
+    )
     made.add_argument("--max-bad", type=float, metavar="SHARE", help="share of unreadable images allowed; default 0.1")
     made.add_argument(
         "--lease",
@@ -73,6 +77,7 @@ def configure(args: argparse.Namespace) -> AnnotateConfig:
         "features",
         "autoencoder",
         "size_px",
+        "crop",
         "max_bad",
     )
     for name in names:

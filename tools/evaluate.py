@@ -24,7 +24,7 @@ def arguments() -> argparse.Namespace:
         "--images-per-cluster",
         type=int,
         metavar="N",
-        help="for the agreement; default from the configuration",
+        help="guided ones; default from the configuration. As many are made without guidance, or more",
     )
     made.add_argument("--scale", type=float, metavar="W", help="w of Eq. 4; default from the run's configuration")
     made.add_argument("--steps", type=int, metavar="T", help="sampling steps")

@@ -151,11 +151,13 @@ class BoxAnnotator:
 
         Args:
             batch: "attention_keys" (b, h, w, D) tensor and "size" (b, 2) original width and height, among others;
-                perhaps "shown" (b, 2), the size at which the network saw the originals.
+                perhaps "shown" (b, 2), the size at which the network saw the originals, and "square", b squares that
+                the originals are cropped to, by default the centred ones.
         Returns:
             The batch with "box" (b, 4) int32 in original pixels and "box_mask" (b, 1, cells, cells) uint8.
         """
         found, shown = discover_objects(batch["attention_keys"], self.num_candidates), batch.get("shown", batch["size"])
         box = to_original_pixels(found.boxes.cpu().numpy(), self.patch_px, shown, self.crop_px)
         box = np.rint(box * np.tile(batch["size"] / shown, 2)).astype(np.int32)
-        return {**batch, "box": box, "box_mask": rasterise_boxes(box, batch["size"], self.cells)}
+        squares = batch.get("square") or [center_square(int(w), int(h)) for w, h in batch["size"]]
+        return {**batch, "box": box, "box_mask": rasterise_boxes(box, squares, self.cells)}

@@ -19,8 +19,9 @@ from ldm_sg.annotate.boxes import NUM_CANDIDATES
 from ldm_sg.annotate.job import Job
 from ldm_sg.annotate.masks import StegoOptions
 from ldm_sg.annotate.noise import shuffle_clusters
-from ldm_sg.annotate.spatial import LONGEST_PX, find_boxes, find_masks, image_sizes
+from ldm_sg.annotate.spatial import LONGEST_PX, find_boxes, find_masks, image_squares
 from ldm_sg.config import AnnotateConfig
+from ldm_sg.data.crop import CROPS, Square
 from ldm_sg.data.masks import VOID
 from ldm_sg.data.scenes import Annotation
 from ldm_sg.data.sources import ImageSource
@@ -237,9 +238,9 @@ def plan_true_boxes(job: Job, kind: Kind) -> Plan:
     names = job.source.class_names
 
     def make(store: Store) -> Made:
-        sizes = image_sizes(job, store)
+        squares = image_squares(job, store)
         boxes = [truth.boxes for truth in truths(job, store)]
-        masks = np.where(box_masks(boxes, sizes, cells_of(store))[:, 0] == 1, 0, VOID).astype(np.uint8)
+        masks = np.where(box_masks(boxes, squares, cells_of(store))[:, 0] == 1, 0, VOID).astype(np.uint8)
         return Made(masks, count_cells(masks, 1))
 
     return "mask", {**true_provenance(names, 1), "label": TRUE_LABELS}, make
@@ -250,7 +251,7 @@ def plan_true_masks(job: Job, kind: Kind) -> Plan:
     names = job.source.class_names
 
     def make(store: Store) -> Made:
-        drawn = (drawn_mask(key, truth) for key, truth in zip(store.keys, truths(job, store)))
+        drawn = (drawn_mask(job, key, truth) for key, truth in zip(store.keys, truths(job, store)))
         masks = class_masks(drawn, cells_of(store))
         return Made(masks, count_cells(masks, len(names)))
 
@@ -300,8 +301,8 @@ def classes_in(truth: Annotation) -> list[int]:
     return [int(c) for c in np.unique(truth.mask) if c != VOID]
 
 
-def drawn_mask(key: str, truth: Annotation) -> np.ndarray:
-    """Give the class map of an image; ValueError where the data set has none."""
+def drawn_mask(job: Job, key: str, truth: Annotation) -> tuple[np.ndarray, Square]:
+    """Give the class map of an image and the square that it is cropped to; ValueError where the data set has none."""
     if truth.mask is None:
         raise ValueError(f"{key} has no drawn mask: expected a data set with masks, such as voc12 or cocostuff27")
-    return truth.mask
+    return truth.mask, CROPS[job.config.crop](*truth.mask.shape[::-1], key)

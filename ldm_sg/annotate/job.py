@@ -127,7 +127,7 @@ class Job:
                 time.sleep(POLL_S)
 
     def _stream(self, keys: list[str], bar: tqdm) -> Batches:
-        for batch in batches(self.source, keys, self.config.size_px, self.config.batch_size, WORKERS):
+        for batch in batches(self.source, keys, self.config.size_px, self.config.batch_size, WORKERS, self.config.crop):
             yield {**batch, "x": to_model_range(batch["image"])}
             bar.update(len(batch["keys"]) + len(batch["bad"]))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -207,27 +207,39 @@ def probe_loss(codes: Tensor, centroids: Tensor) -> Tensor:
     return -(F.normalize(codes, dim=-1) @ F.normalize(centroids, dim=-1).T).amax(-1).mean()
 
 
-def train_probe(
+def start_probe(
     head: Head, dense: Dense, num_images: int, num_clusters: int, seed: int, options: StegoOptions
 ) -> Tensor:
+    """Cluster a sample of a trained head's codes by spherical k-means, which minimises the loss of the probe.
+
+    Args:
+        head, dense, num_images, options: as for `train_probe`.
+        num_clusters: K.
+        seed: of the sample and the seeding.
+    Returns:
+        (K, 70) centroids of length 1, none of them without codes.
+    """
+    rng = np.random.default_rng(seed)
+    wanted = -(-num_clusters * CODES_PER_CLUSTER // CODES_PER_IMAGE)
+    sample = sample_codes(head, dense, rng.permutation(num_images)[:wanted], options.batch_size, rng)
+    found = fit_kmeans(sample, num_clusters, seed, spherical=True).centroids
+    return torch.from_numpy(found).to(next(head.parameters()).device)
+
+
+def train_probe(head: Head, dense: Dense, num_images: int, start: Tensor, seed: int, options: StegoOptions) -> Tensor:
     """Train the cluster probe on the codes of a trained head.
 
     Args:
         head: trained; nothing of the probe reaches it.
         dense, num_images: as for `fit_masks`.
-        num_clusters: K.
-        seed: of the sample, the start and the draws.
+        start: (K, 70) centroids.
+        seed: of the draws.
         options: of the training.
     Returns:
         (K, 70) centroids of length 1.
-    Source: STEGO's code: Adam on `probe_loss`. There it starts from random centroids and with the head; here after it,
-        from spherical k-means on a sample, which minimises the same loss, so that no centroid is left without codes.
+    Source: STEGO's code: Adam on `probe_loss`. There it starts from random centroids and with the head, here after it.
     """
-    rng = np.random.default_rng(seed)
-    wanted = -(-num_clusters * CODES_PER_CLUSTER // CODES_PER_IMAGE)
-    sample = sample_codes(head, dense, rng.permutation(num_images)[:wanted], options.batch_size, rng)
-    start = fit_kmeans(sample, num_clusters, seed, spherical=True).centroids
-    centroids = torch.from_numpy(start).to(next(head.parameters()).device).requires_grad_()
+    rng, centroids = np.random.default_rng(seed), start.clone().requires_grad_()
     optimiser, steps = torch.optim.Adam([centroids], lr=options.probe_lr), int(PROBE_SHARE * options.steps)
     for step in range(steps):
         ids = rng.permutation(num_images)[: options.batch_size]
@@ -332,7 +344,8 @@ def fit_masks(
         if progress:
             progress({name: float(t.detach()) for name, t in terms.items()})
     head.requires_grad_(False).eval()
-    return Segmenter(head, train_probe(head, dense, num_images, num_clusters, seed, options))
+    start = start_probe(head, dense, num_images, num_clusters, seed, options)
+    return Segmenter(head, train_probe(head, dense, num_images, start, seed, options))
 
 
 def loss_terms(
@@ -373,27 +386,3 @@ def loss_terms(
         "knn": b.knn_weight * against(other_features, other, there, b.knn_shift),
         "random": b.random_weight * random,
     }
-
-
-@dataclass(frozen=True)
-class MaskAnnotator:
-    """The stage that adds masks to a batch.
-
-    Attributes:
-        segmenter: trained.
-        cells: the latents' side.
-    """
-
-    segmenter: Segmenter
-    cells: int
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Annotate a batch.
-
-        Args:
-            batch: "dense" (b, h, w, D) tensor, perhaps "dense_mirrored" of the mirror images, among others.
-        Returns:
-            The batch with "mask" (b, cells, cells) uint8 index maps.
-        """
-        masks = self.segmenter(batch["dense"], self.cells, batch.get("dense_mirrored"))
-        return {**batch, "mask": masks.cpu().numpy()}

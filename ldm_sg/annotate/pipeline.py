@@ -76,6 +76,7 @@ def job_definition(config: AnnotateConfig, source: ImageSource, keys: list[str])
         "images": source.fingerprint(keys),
         "dataset": source.name,
         **{name: getattr(config, name) for name in names},
+        **({"crop": config.crop} if config.crop != "center" else {}),  # stores made before there was a choice go on
     }
 
 
@@ -149,6 +150,7 @@ def commit_rows(job: Job, encoders: Encoders) -> None:
         "dataset": config.dataset,
         "notice": job.source.notice,
         "size_px": config.size_px,
+        "crop": config.crop,
         "autoencoder": config.autoencoder,
         "autoencoder_id": encoders.autoencoder.id,
         "features": config.features,

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from ldm_sg.annotate.boxes import BoxAnnotator
 from ldm_sg.annotate.fitting import stored_features
 from ldm_sg.annotate.job import WORKERS, Job, one_thread
-from ldm_sg.annotate.masks import MaskAnnotator, StegoOptions, fit_masks
+from ldm_sg.annotate.masks import Segmenter, StegoOptions, fit_masks
 from ldm_sg.data import BadImage, batches, decode_rgb, to_model_range
+from ldm_sg.data.crop import CROPS, Square
 from ldm_sg.data.masks import VOID
 from ldm_sg.hardware import choose_device
 from ldm_sg.store import Store
 
 LONGEST_PX = 512  # larger images are shrunk for LOST, which compares all patches with all
+BATCH = 32  # images segmented at once
 
 
 class DenseExtractor(Protocol):
@@ -70,14 +74,14 @@ def read_image(job: Job, key: str) -> Image.Image:
         ) from error
 
 
-def image_sizes(job: Job, store: Store) -> np.ndarray:
-    """Measure the images of all rows: (N, 2) int64 width and height."""
+def image_squares(job: Job, store: Store) -> list[Square]:
+    """Find the squares that the images of all rows are cropped to; this reads the images, as it takes their sizes."""
     with job.bar("sizes", store.num_rows) as bar:
-        sizes = []
+        found = []
         for key in store.keys:
-            sizes.append(read_image(job, key).size)
+            found.append(CROPS[job.config.crop](*read_image(job, key).size, key))
             bar.update()
-    return np.array(sizes, np.int64).reshape(-1, 2)
+    return found
 
 
 @one_thread()
@@ -105,7 +109,9 @@ def find_boxes(job: Job, store: Store, cells: int) -> tuple[np.ndarray, np.ndarr
             shown.thumbnail((LONGEST_PX, LONGEST_PX), Image.Resampling.BICUBIC)
             keys = extractor.keys(to_model_range(np.asarray(shown)[None]))
             if keys.any():
-                found = stage({"attention_keys": keys, "size": np.array([image.size]), "shown": np.array([shown.size])})
+                sizes = {"size": np.array([image.size]), "shown": np.array([shown.size])}
+                squares = [CROPS[job.config.crop](*image.size, key)]
+                found = stage({"attention_keys": keys, **sizes, "square": squares})
                 boxes[row], masks[row] = found["box"][0], np.where(found["box_mask"][0, 0], 0, VOID)
             bar.update()
     return boxes, masks
@@ -148,15 +154,19 @@ def find_masks(
 
 def squares(job: Job, store: Store, extractor: DenseExtractor, stage: str) -> Iterator[tuple[list[str], Tensor]]:
     """Stream the rows' squares (b, 3, S, S) with their keys; S is a multiple of the patch."""
-    p = extractor.patch_px
-    side = -(-max(job.config.size_px, extractor.native_px) // p) * p
+    side = square_side(extractor, job.config.size_px)
     with job.bar(stage, store.num_rows) as bar:
-        for batch in batches(job.source, store.keys, side, job.config.batch_size, WORKERS):
+        for batch in batches(job.source, store.keys, side, job.config.batch_size, WORKERS, job.config.crop):
             if batch["bad"]:
                 key, reason = batch["bad"][0]
                 raise ValueError(f"{key} can no longer be read ({reason}): restore it, or annotate into another --out")
             yield batch["keys"], to_model_range(batch["image"])
             bar.update(len(batch["keys"]))
+
+
+def square_side(extractor: DenseExtractor, size_px: int) -> int:
+    """Give the side of the squares that STEGO sees of images of `size_px`: whole patches, and no fewer than native."""
+    return -(-max(size_px, extractor.native_px) // extractor.patch_px) * extractor.patch_px
 
 
 @torch.inference_mode()
@@ -176,3 +186,74 @@ def keep_maps(job: Job, store: Store, extractor: DenseExtractor, file) -> np.nda
 def mean_of(maps: np.ndarray) -> np.ndarray:
     """Average maps (N, h, w, D) over everything but D, an image at a time, in float64; (D,) float32."""
     return (sum(m.mean((0, 1), dtype=np.float64) for m in maps) / len(maps)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class MaskAnnotator:
+    """The stage that adds masks to a batch.
+
+    Attributes:
+        segmenter: trained.
+        cells: the latents' side.
+    """
+
+    segmenter: Segmenter
+    cells: int
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Annotate a batch.
+
+        Args:
+            batch: "dense" (b, h, w, D) tensor, perhaps "dense_mirrored" of the mirror images, among others.
+        Returns:
+            The batch with "mask" (b, cells, cells) uint8 index maps.
+        """
+        masks = self.segmenter(batch["dense"], self.cells, batch.get("dense_mirrored"))
+        return {**batch, "mask": masks.cpu().numpy()}
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A column of STEGO's masks, ready to segment other images.
+
+    Attributes:
+        extractor: the store's features.
+        stage: with the column's segmenter.
+        centre: (D,) subtracted from the features.
+        side: of the squares that are looked at.
+    """
+
+    extractor: DenseExtractor
+    stage: MaskAnnotator
+    centre: Tensor
+    side: int
+
+    @classmethod
+    def find(cls, store: Store, column: str) -> Segmentation | None:
+        """Load what made a column; None where it is not of STEGO's making."""
+        if f"mask-{column}" not in store.manifest["assets"]:
+            return None
+        tensors, about = store.asset(f"mask-{column}")[0], store.manifest["provenance"]
+        extractor: DenseExtractor = stored_features(about["features"], store)  # type: ignore[assignment]
+        centre = torch.from_numpy(tensors["centre"].copy())
+        segmenter = Segmenter.from_tensors({n: t for n, t in tensors.items() if n != "centre"})
+        stage = MaskAnnotator(segmenter, int(store.manifest["schema"]["latent"]["shape"][-1]))
+        return cls(extractor, stage, centre, square_side(extractor, about["size_px"]))
+
+    @torch.inference_mode()
+    def clusters(self, images: np.ndarray) -> np.ndarray:
+        """Segment images.
+
+        Args:
+            images: (N, S, S, 3) uint8, of the store's size.
+        Returns:
+            (N, h, w) uint8 index maps of the latents' size, for the store's own images those of the column.
+        """
+        found = []
+        for start in range(0, len(images), BATCH):
+            x = to_model_range(images[start : start + BATCH])
+            if x.shape[-1] != self.side:
+                x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True).clamp(-1, 1)
+            dense = self.extractor.dense(x).half().float() - self.centre  # rounded, as `keep_maps` does
+            found.append(self.stage({"dense": dense, "dense_mirrored": self.extractor.dense(x.flip(3)) - self.centre}))
+        return np.concatenate([batch["mask"] for batch in found])

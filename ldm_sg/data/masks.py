@@ -5,50 +5,52 @@ An index map holds one class or cluster per pixel as uint8, `VOID` where there i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_sg.data.crop import center_square
+from ldm_sg.data.crop import Square
 
 VOID = 255  # no class here; the value that Pascal VOC and COCO-Stuff use
 MAX_CLASSES = 255  # 0 to 254, so that an index map is uint8
 
 
-def sampled_pixels(width: int, height: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
+def sampled_pixels(square: Square, cells: int) -> tuple[np.ndarray, np.ndarray]:
     """Find the pixels that the cells of a cropped and shrunk map take their values from.
 
     Args:
-        width, height: of the image.
+        square: that the image is cropped to.
         cells: side of the map.
     Returns:
-        (cells,) rows and (cells,) columns of the image: those under the cells' centres, as PIL's NEAREST takes them,
-        in the square that `center_crop_resize` cuts.
+        (cells,) rows and (cells,) columns of the image: those under the cells' centres, as PIL's NEAREST takes them.
     """
-    left, top, side = center_square(width, height)
+    left, top, side = square
     offsets = (2 * np.arange(cells) + 1) * side // (2 * cells)
     return top + offsets, left + offsets
 
 
-def crop_index_map(index: np.ndarray, cells: int) -> np.ndarray:
+def crop_index_map(index: np.ndarray, square: Square, cells: int) -> np.ndarray:
     """Crop and shrink an index map as its image is.
 
     Args:
         index: (H, W) integer, the size of the image.
+        square: that the image is cropped to.
         cells: side of the result.
     Returns:
         (cells, cells), same dtype; values are taken, never mixed.
     """
-    rows, columns = sampled_pixels(index.shape[1], index.shape[0], cells)
+    rows, columns = sampled_pixels(square, cells)
     return index[rows[:, None], columns]
 
 
-def rasterise_boxes(boxes: np.ndarray, sizes: np.ndarray, cells: int) -> np.ndarray:
+def rasterise_boxes(boxes: np.ndarray, squares: Sequence[Square], cells: int) -> np.ndarray:
     """Draw one filled box per image, cropped and shrunk as its image is.
 
     Args:
         boxes: (B, 4) x0, y0, x1, y1 in pixels of the original image, x1 and y1 exclusive.
-        sizes: (B, 2) width and height of the original images.
+        squares: B that the images are cropped to.
         cells: h = w, the latents' side.
     Returns:
         (B, 1, h, w) uint8, 1 where a cell's centre is in the box; all zero, as without guidance, where the crop
@@ -56,8 +58,8 @@ def rasterise_boxes(boxes: np.ndarray, sizes: np.ndarray, cells: int) -> np.ndar
     Source: paper section 3.2, "Self-boxed guidance": 1 inside the box, 0 outside.
     """
     masks = np.zeros((len(boxes), 1, cells, cells), np.uint8)
-    for mask, (x0, y0, x1, y1), (width, height) in zip(masks, boxes, sizes, strict=True):
-        rows, columns = sampled_pixels(int(width), int(height), cells)
+    for mask, (x0, y0, x1, y1), square in zip(masks, boxes, squares, strict=True):
+        rows, columns = sampled_pixels(square, cells)
         mask[0] = ((y0 <= rows) & (rows < y1))[:, None] & (x0 <= columns) & (columns < x1)
     return masks
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 import torch
 
-from ldm_sg.data.crop import center_crop_resize
+from ldm_sg.data.crop import CROPS, crop_resize
 from ldm_sg.data.decode import BadImage, decode_rgb
 from ldm_sg.data.sources import ImageSource
 
@@ -37,7 +37,7 @@ class _Loaded(NamedTuple):
 
 
 def load_images(
-    source: ImageSource, keys: Sequence[str], size_px: int, workers: int = 2
+    source: ImageSource, keys: Sequence[str], size_px: int, workers: int = 2, crop: str = "center"
 ) -> tuple[np.ndarray, list[str], list[tuple[str, str]]]:
     """Load a list of images at once.
 
@@ -46,6 +46,7 @@ def load_images(
         keys: which images; their order is kept.
         size_px: side S of the squares.
         workers: decoding threads, at least 1.
+        crop: a key of `CROPS`.
     Returns:
         (n, S, S, 3) uint8 images, their n keys, and (key, reason) of those that cannot be used.
     Raises:
@@ -53,12 +54,12 @@ def load_images(
     """
     _check_counts(size_px=size_px, workers=workers)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        batch = _collect(pool.map(partial(_load, source, size_px), keys), size_px)
+        batch = _collect(pool.map(partial(_load, source, size_px, crop), keys), size_px)
     return batch["image"], batch["keys"], batch["bad"]
 
 
 def batches(
-    source: ImageSource, keys: Sequence[str], size_px: int, batch_size: int, workers: int = 2
+    source: ImageSource, keys: Sequence[str], size_px: int, batch_size: int, workers: int = 2, crop: str = "center"
 ) -> Iterator[ImageBatch]:
     """Stream images in the order of their keys, at most `AHEAD_BATCHES` batches ahead of the consumer.
 
@@ -68,13 +69,14 @@ def batches(
         size_px: side S of the squares.
         batch_size: keys per batch; bad images make a batch shorter (even empty), never shift the next one.
         workers: decoding threads, at least 1; the result does not depend on their number.
+        crop: a key of `CROPS`.
     Returns:
         Iterator of `ImageBatch`; closing it early stops the threads.
     Raises:
         ValueError: size_px, batch_size or workers below 1.
     """
     _check_counts(size_px=size_px, batch_size=batch_size, workers=workers)
-    return _prefetch(source, keys, size_px, batch_size, workers)
+    return _prefetch(source, keys, size_px, batch_size, workers, crop)
 
 
 def to_model_range(images: np.ndarray) -> torch.Tensor:
@@ -110,9 +112,9 @@ def _check_counts(**counts: int) -> None:
 
 
 def _prefetch(
-    source: ImageSource, keys: Sequence[str], size_px: int, batch_size: int, workers: int
+    source: ImageSource, keys: Sequence[str], size_px: int, batch_size: int, workers: int, crop: str
 ) -> Iterator[ImageBatch]:
-    load = partial(_load, source, size_px)
+    load = partial(_load, source, size_px, crop)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     pending: deque[list[Future[_Loaded]]] = deque()
     try:
@@ -126,13 +128,14 @@ def _prefetch(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _load(source: ImageSource, size_px: int, key: str) -> _Loaded:
+def _load(source: ImageSource, size_px: int, crop: str, key: str) -> _Loaded:
     try:
         data = source.read(key)
     except OSError as error:
         return _Loaded(key, None, f"cannot read: {error.strerror or error}")
     try:
-        return _Loaded(key, center_crop_resize(decode_rgb(data), size_px), "")
+        image = decode_rgb(data)
+        return _Loaded(key, crop_resize(image, CROPS[crop](*image.size, key), size_px), "")
     except BadImage as error:
         return _Loaded(key, None, str(error))
 

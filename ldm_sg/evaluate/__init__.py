@@ -1,6 +1,6 @@
 """Images -> numbers: guidance agreement, copy audit, kernel distance, and the page that shows them."""
 
-from ldm_sg.evaluate.agreement import guidance_agreement, reconstruction_ceiling, unguided_variation
+from ldm_sg.evaluate.agreement import guidance_agreement, histogram_variation, reconstruction_ceiling, unguided_images
 from ldm_sg.evaluate.copies import audit_copies
 from ldm_sg.evaluate.evaluation import evaluate
 from ldm_sg.evaluate.kernel_distance import kernel_distance
@@ -10,8 +10,9 @@ __all__ = [
     "audit_copies",
     "evaluate",
     "guidance_agreement",
+    "histogram_variation",
     "kernel_distance",
     "reconstruction_ceiling",
-    "unguided_variation",
+    "unguided_images",
     "write_report",
 ]

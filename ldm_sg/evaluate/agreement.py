@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from ldm_sg.annotate.annotator import Annotator
+from ldm_sg.annotate.spatial import Segmentation
 from ldm_sg.autoencoder.reconstruction import reconstruct
 from ldm_sg.config import SampleConfig
 from ldm_sg.data import to_model_range, to_uint8
-from ldm_sg.sample import Sampler, cluster_requests, training_requests
+from ldm_sg.sample import Request, Sampler, cluster_requests, training_requests
+from ldm_sg.sample.kept import Kept
 
 Progress = Callable[[int], None]
 
@@ -54,16 +56,49 @@ def guidance_agreement(
     return Agreement(options.scale, float(hits.mean()), hits.reshape(k, options.n).mean(1), images)
 
 
-def reconstruction_ceiling(sampler: Sampler, annotator: Annotator, images: np.ndarray, clusters: np.ndarray) -> float:
+def mask_agreement(
+    sampler: Sampler,
+    segmentation: Segmentation | None,
+    options: SampleConfig,
+    n: int,
+    progress: Progress | None = None,
+) -> tuple[float | None, np.ndarray]:
+    """Generate images under the masks or labels of training images, and segment them again.
+
+    Args:
+        sampler: of a run that samples with guidance of training images.
+        segmentation: that made the run's column; None measures nothing.
+        options: scale, seed, steps, sampler.
+        n: images.
+        progress: called with the number of images just made.
+    Returns:
+        The share of cells that are of the kind asked for, None without segmentation; and the images (n, S, S, 3) uint8.
+    """
+    requests = training_requests(sampler.run, n, options.seed)
+    images = np.concatenate(list(sampler.images(requests, options, progress)))
+    if segmentation is None:
+        return None, images
+    return float((segmentation.clusters(images) == masks_of(sampler.kept, requests)).mean()), images
+
+
+def masks_of(kept: Kept | None, requests: Sequence[Request]) -> np.ndarray:
+    """Give the index maps (n, h, w) that requests are made under."""
+    assert kept is not None and kept.guidance.masks is not None, "a run that samples with masks"
+    return kept.guidance.masks[[kept.place(request) for request in requests]]
+
+
+def reconstruction_ceiling(
+    sampler: Sampler, annotator: Annotator | Segmentation, images: np.ndarray, clusters: np.ndarray
+) -> float:
     """Measure the agreement that real images reach after the autoencoder alone.
 
     Args:
         sampler: gives the autoencoder.
         annotator: of the run's column.
         images: (N, S, S, 3) uint8 training images.
-        clusters: (N,) what the store says of them.
+        clusters: (N,) what the store says of them, or (N, h, w) of their cells.
     Returns:
-        The share that keeps its cluster when encoded and decoded.
+        The share, of images or of cells, that keeps its cluster when encoded and decoded.
     """
     with torch.inference_mode():
         parts = [to_model_range(images[i : i + 32]) for i in range(0, len(images), 32)]
@@ -71,21 +106,21 @@ def reconstruction_ceiling(sampler: Sampler, annotator: Annotator, images: np.nd
     return float((annotator.clusters(np.concatenate(coded)) == clusters).mean())
 
 
-def unguided_variation(
-    sampler: Sampler, annotator: Annotator, options: SampleConfig, n: int, progress: Progress | None = None
-) -> tuple[float, np.ndarray]:
-    """Compare the clusters that unguided samples fall into with the training histogram.
+def unguided_images(sampler: Sampler, options: SampleConfig, n: int, progress: Progress | None = None) -> np.ndarray:
+    """Generate n images (n, S, S, 3) uint8 at w = 0; arguments as for `guidance_agreement`."""
+    requests = training_requests(sampler.run, n, options.seed)
+    return np.concatenate(list(sampler.images(requests, replace(options, scale=0.0), progress)))
+
+
+def histogram_variation(annotator: Annotator, images: np.ndarray, histogram: Sequence[int]) -> float:
+    """Compare the clusters that images fall into with the training histogram.
 
     Args:
-        sampler, annotator, progress: as for `guidance_agreement`.
-        options: seed, steps, sampler; the scale is 0 here.
-        n: images.
+        annotator: of the run's column.
+        images: (n, S, S, 3) uint8.
+        histogram: (K,) training images per cluster.
     Returns:
-        Total variation between the two histograms (0 equal, 1 disjoint), and the images (n, S, S, 3) uint8.
+        Total variation between the two histograms: 0 equal, 1 disjoint.
     """
-    facts = sampler.run.facts
-    requests = training_requests(sampler.run, n, options.seed)
-    images = np.concatenate(list(sampler.images(requests, replace(options, scale=0.0), progress)))
-    found = np.bincount(annotator.clusters(images), minlength=facts.num_clusters) / n
-    expected = np.array(facts.histogram) / sum(facts.histogram)
-    return float(np.abs(found - expected).sum() / 2), images
+    found = np.bincount(annotator.clusters(images), minlength=len(histogram)) / len(images)
+    return float(np.abs(found - np.array(histogram) / sum(histogram)).sum() / 2)

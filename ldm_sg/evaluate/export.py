@@ -34,12 +34,8 @@ def export(run: Run, folder: Path) -> Path:
         `folder`.
     Raises:
         FileNotFoundError: if the run has no checkpoint.
-        ValueError: if `folder` exists, diffusers is missing, or the run samples with guidance of training images.
+        ValueError: if `folder` exists or diffusers is missing.
     """
-    if run.keeps_guidance:
-        raise ValueError(
-            f"run {run.name} samples with masks or labels of training images, which cannot be exported yet"
-        )
     if folder.exists():
         raise ValueError(f"{folder} exists: give another --out")
     try:
@@ -54,6 +50,8 @@ def export(run: Run, folder: Path) -> Path:
         SelfGuidedPipeline(unet, _model_of(sampler.autoencoder), settings(run)).save_pretrained(partial)
         (partial / "pipeline.py").write_text(PIPELINE)
         shutil.copy(loader.__file__, partial / "loader.py")
+        if samples_with_training(run):
+            shutil.copy(run.path / "guidance" / "weights.safetensors", partial / loader.GUIDANCE)
         (partial / "README.md").write_text(card(run))
     return folder
 
@@ -74,13 +72,22 @@ def _model_of(autoencoder: Any) -> Any:
 def network_arguments(run: Run) -> dict[str, Any]:
     """Collect the arguments of `UNet`."""
     model = asdict(run.config.model)
-    channels = {"channels": run.facts.latent_shape[0], "num_clusters": num_labels(run)}
+    channels = {"channels": run.facts.latent_shape[0], **guidance_widths(run)}
     return channels | {name: value for name, value in model.items() if name not in ("guided", "checkpointing")}
 
 
-def num_labels(run: Run) -> int:
-    """Give K, 0 for an unguided run."""
-    return run.facts.num_clusters if run.config.model.guided else 0
+def guidance_widths(run: Run) -> dict[str, int]:
+    """Give K and S, 0 for an unguided run."""
+    guided = run.config.model.guided
+    return {
+        "num_clusters": run.facts.num_clusters if guided else 0,
+        "spatial_channels": run.facts.spatial_channels if guided else 0,
+    }
+
+
+def samples_with_training(run: Run) -> bool:
+    """Tell whether guidance of training images goes with the weights."""
+    return run.config.model.guided and run.keeps_guidance
 
 
 def settings(run: Run) -> dict[str, Any]:
@@ -89,7 +96,7 @@ def settings(run: Run) -> dict[str, Any]:
     diffusion = asdict(config.diffusion)
     in_training = ("parameterisation", "loss", "min_snr_gamma")
     return {
-        "num_clusters": num_labels(run),
+        **guidance_widths(run),
         "parameterisation": config.diffusion.parameterisation,
         "schedule": {"name": diffusion.pop("schedule")} | {k: v for k, v in diffusion.items() if k not in in_training},
         "sample": asdict(config.sample),
@@ -109,15 +116,16 @@ def card(run: Run) -> str:
     rows = number_rows(json.loads(measured.read_text())) if measured.is_file() else []
     numbers = [f"| {what} | {value} | {bound} |" for what, value, bound in rows]
     provenance = [f"| {name} | {value} |" for name, value in facts.provenance.items()]
-    guidance = "a cluster's number" if run.config.model.guided else "nothing: it is unguided"
+    drawn = facts.provenance.get("algorithm") == "ground truth"
+    labels = "whose labels guide it" if drawn else "none of whose labels were used"
     return "\n".join(
         [
             f"# {run.name}",
             "",
-            f"A latent diffusion model, {facts.size_px} px, guided by {guidance}; {run.steps_done()} training steps.",
+            f"A latent diffusion model, {facts.size_px} px, guided by {guided_by(run)}; {run.steps_done()} steps.",
             "",
             "## Data",
-            f"{facts.num_images} images of {Path(facts.dataset).name}, none of whose labels were used.",
+            f"{facts.num_images} images of {Path(facts.dataset).name}, {labels}.",
             f"Latents: {facts.autoencoder.partition('=')[0]}, {facts.latent_shape}.",
             "",
             "## Annotation",
@@ -137,12 +145,36 @@ def card(run: Run) -> str:
             "With diffusers, whose `trust_remote_code` lets the one line of `pipeline.py` run:",
             "",
             '    pipe = DiffusionPipeline.from_pretrained(".", custom_pipeline="pipeline", trust_remote_code=True)',
-            "    pipe(clusters=[0, 1], seeds=[0, 0], steps=20, scale=1.5).images[0]",
+            *usage(run),
             "",
             "Equal seeds give the images that `tools/sample_grid.py` gives, within 1/255.",
             "",
         ]
     )
+
+
+def guided_by(run: Run) -> str:
+    """Say what guides a run."""
+    channels, several = run.facts.spatial_channels, "the clusters in it"
+    if not run.config.model.guided:
+        return "nothing: it is unguided"
+    if channels:
+        return f"a mask of {channels} kinds and {several if channels == run.facts.num_clusters else 'a cluster'}"
+    return "the numbers of several clusters" if run.keeps_guidance else "a cluster's number"
+
+
+def usage(run: Run) -> list[str]:
+    """Show a call of the pipeline."""
+    options = "seeds=[0, 0], steps=20, scale=1.5).images[0]"
+    if not samples_with_training(run):
+        return [f"    pipe(clusters=[0, 1], {options}"]
+    return [
+        "    from loader import kept",
+        '    clusters, masks = kept(Path("."), [17, 3])  # of training images, as guidance.safetensors has them',
+        f"    pipe(clusters=clusters, masks=masks, {options}",
+        "",
+        "`python loader.py 17` takes those of image 17. `guide` in it says what masks of your own must be.",
+    ]
 
 
 def terms(run: Run) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_sg.autoencoder import PatchPCA
-from ldm_sg.evaluate.loader import draw
+from ldm_sg.evaluate.loader import Clusters, draw, guide
 from ldm_sg.model import UNet
 
 OPTIONS = ("sampler", "steps", "scale", "guidance_interval", "eta")
@@ -33,9 +34,9 @@ class SelfGuidedUNet(ModelMixin, ConfigMixin):
         super().__init__()
         self.network = UNet(**settings)
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, spatial: Tensor | None = None) -> Tensor:
         """As `UNet.forward`."""
-        return self.network(x, time, label)
+        return self.network(x, time, label, spatial)
 
 
 class PatchPCAModel(ModelMixin, ConfigMixin):
@@ -77,22 +78,24 @@ class SelfGuidedPipeline(DiffusionPipeline):
 
     def __call__(
         self,
-        clusters: int | Sequence[int] | None = None,
+        clusters: int | Clusters | None = None,
         seeds: int | Sequence[int] = 0,
+        masks: np.ndarray | None = None,
         output_type: str = "pil",
         **options: Any,
     ) -> ImagePipelineOutput:
         """Make images.
 
         Args:
-            clusters: one id per seed, or one for all; None samples without guidance.
+            clusters: one id, or a list of them, per seed, or one id for all; None without masks guides by nothing.
             seeds: one per image.
+            masks: one index map per seed, where the run is guided by them; as for `ldm_sg.evaluate.loader.guide`.
             output_type: "pil", or "np" for (B, S, S, 3) uint8.
             options: of `OPTIONS` (scale is w of Eq. 4); the run's own by default.
         Returns:
             Its `images`.
         Raises:
-            ValueError: for an unknown option, or clusters that are not the run's.
+            ValueError: for an unknown option, or clusters or masks that are not the run's.
         """
         settings = self.config.settings
         unknown = sorted(options.keys() - set(OPTIONS))
@@ -100,10 +103,11 @@ class SelfGuidedPipeline(DiffusionPipeline):
             raise ValueError(f"got option {unknown[0]!r}, expected one of {', '.join(OPTIONS)}")
         drawn = [seeds] if isinstance(seeds, int) else list(seeds)
         asked = [clusters] * len(drawn) if isinstance(clusters, int) else clusters
-        if asked is not None and len(asked) != len(drawn):
-            raise ValueError(f"got {len(asked)} clusters for {len(drawn)} seeds, expected one for each")
+        for what, given in (("clusters", asked), ("masks", masks)):
+            if given is not None and len(given) != len(drawn):
+                raise ValueError(f"got {len(given)} {what} for {len(drawn)} seeds, expected one for each")
         merged = {**settings, "sample": {**settings["sample"], **options}}
-        images = draw(self.unet.eval(), self._decode, merged, None if asked is None else list(asked), drawn)
+        images = draw(self.unet.eval(), self._decode, merged, guide(settings, asked, masks), drawn)
         return ImagePipelineOutput(images=[Image.fromarray(i) for i in images] if output_type == "pil" else images)
 
     def _decode(self, z: Tensor) -> Tensor:

@@ -58,9 +58,13 @@ def number_rows(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
             verdict = f"{'at least' if more else 'at most'} {form.format(bound)}: {'holds' if holds else 'MISSED'}"
             rows.append((sentence, form.format(value), verdict))
     rows.append(("reconstruction of training images, PSNR in dB", f"{numbers['psnr_db']:.1f}", ""))
-    rows.append(("ceiling: real images through the autoencoder alone", f"{numbers['agreement_ceiling']:.1%}", ""))
-    floor = numbers["unguided_total_variation_floor"]
-    rows.append((f"floor: {numbers['unguided_images']} draws from the histogram itself", f"{floor:.3f}", ""))
+    if "mask_agreement" in numbers:
+        rows.append(("cells of guided images that are of the kind asked for", f"{numbers['mask_agreement']:.1%}", ""))
+    if "agreement_ceiling" in numbers:
+        rows.append(("ceiling: real images through the autoencoder alone", f"{numbers['agreement_ceiling']:.1%}", ""))
+    if "unguided_total_variation_floor" in numbers:
+        floor = numbers["unguided_total_variation_floor"]
+        rows.append((f"floor: {numbers['unguided_images']} draws from the histogram itself", f"{floor:.3f}", ""))
     return rows
 
 
@@ -119,6 +123,11 @@ def guided_rows(run: Run, evaluation: Evaluation, tile_px: int = 96) -> Image.Im
     return both
 
 
+def first_rows(images: np.ndarray) -> Image.Image:
+    """Lay out the first 32 images, eight in a row."""
+    return captioned([("", [paste_row(images[i : i + 8], 8)]) for i in range(0, min(32, len(images)), 8)])
+
+
 def write_report(run: Run, evaluation: Evaluation) -> Path:
     """Write `report.html` in the run.
 
@@ -142,9 +151,11 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
         f"<h2>Training loss</h2>{loss_curve(run.metrics)}",
     ]
     if len(evaluation.guided):
-        parts.append(f"<h2>Guided, w = {numbers['scale']:g}</h2>{_embed(guided_rows(run, evaluation))}")
-    shown = [paste_row(evaluation.unguided[i : i + 8], 8) for i in range(0, min(32, len(evaluation.unguided)), 8)]
-    parts.append(f"<h2>Unguided, w = 0</h2>{_embed(captioned([('', [row]) for row in shown]))}")
+        by_cluster = "agreement_per_cluster" in numbers
+        picture = guided_rows(run, evaluation) if by_cluster else first_rows(evaluation.guided)
+        how = "" if by_cluster else ", under the guidance of training images"
+        parts.append(f"<h2>Guided, w = {numbers['scale']:g}{how}</h2>{_embed(picture)}")
+    parts.append(f"<h2>Unguided, w = 0</h2>{_embed(first_rows(evaluation.unguided))}")
     parts.append(f"<h2>Real images by cluster</h2>{_embed(contact_sheet(run, RealImages(run)))}")
     page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(run.name)}</title>"
     path = run.path / "report.html"

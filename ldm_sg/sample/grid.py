@@ -34,7 +34,7 @@ class RealImages:
     """
 
     def __init__(self, run: Run):
-        self.size_px = run.facts.size_px
+        self.size_px, self.crop = run.facts.size_px, run.facts.crop
         self.store = Store.open(run.facts.store, run.facts.generation)
         self.source = open_source(run.facts.dataset)
         self.guidance = Guidance.load(self.store, run.facts.column)
@@ -50,7 +50,8 @@ class RealImages:
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Give the images of some rows of the store, (n, S, S, 3) uint8."""
-        return load_images(self.source, [self.store.keys[r] for r in rows], self.size_px)[0]
+        keys = [self.store.keys[r] for r in rows]
+        return load_images(self.source, keys, self.size_px, crop=self.crop)[0]
 
 
 def paste_row(images: np.ndarray, n: int, tile_px: int = TILE_PX) -> Image.Image:

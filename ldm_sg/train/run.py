@@ -49,6 +49,7 @@ class StoreFacts:
     features: str  # name; their weights and the centroids lie in features/
     provenance: dict[str, Any]  # of the column
     created: str
+    crop: str = "center"  # runs made before there was a choice do not say
 
     @property
     def spatial_channels(self) -> int:
@@ -179,6 +180,7 @@ def facts_of(store: Store, column: str | None) -> StoreFacts:
         features=about["features"],
         provenance=provenance,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        crop=about.get("crop", "center"),
     )
 
 
@@ -202,6 +204,7 @@ def follow_store(config: Config, facts: StoreFacts) -> Config:
         features=facts.features,
         clusters=[facts.num_clusters],
         column=facts.column,
+        crop=facts.crop,
         seed=int(facts.provenance.get("seed", 0)),
         spherical=bool(facts.provenance.get("spherical")),
     )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_sg.annotate.baselines import box_masks, class_masks, multi_hot_labels
+from ldm_sg.data.crop import center_square
 from ldm_sg.data.masks import VOID, rasterise_boxes
 
 
@@ -22,10 +23,10 @@ def test_unknown_classes_are_refused(wrong: int) -> None:
 
 def test_box_masks_hold_every_box() -> None:
     first, second = np.array([[0, 0, 16, 8]]), np.array([[20, 12, 32, 32]])
-    sizes = np.array([[32, 32], [32, 32], [64, 32]])
-    masks = box_masks([np.concatenate([first, second]), np.zeros((0, 4)), first], sizes, 8)
+    squares = [center_square(*size) for size in ((32, 32), (32, 32), (64, 32))]
+    masks = box_masks([np.concatenate([first, second]), np.zeros((0, 4)), first], squares, 8)
     assert masks.shape == (3, 1, 8, 8) and masks.dtype == np.uint8
-    alone = [rasterise_boxes(box, sizes[:1], 8)[0] for box in (first, second)]
+    alone = [rasterise_boxes(box, squares[:1], 8)[0] for box in (first, second)]
     np.testing.assert_array_equal(masks[0], alone[0] | alone[1])
     assert masks[0].sum() == 4 * 2 + 3 * 5 and not masks[1:].any()  # the last box is cut off with the left quarter
 
@@ -34,7 +35,7 @@ def test_class_masks_are_cropped() -> None:
     wide = np.full((8, 16), 7, np.uint8)
     wide[:, 4:8] = 3
     tall = np.full((12, 4), VOID, np.uint8)
-    masks = class_masks(iter([wide, tall]), 4)
+    masks = class_masks(iter([(wide, center_square(16, 8)), (tall, center_square(4, 12))]), 4)
     assert masks.shape == (2, 4, 4) and masks.dtype == np.uint8
     assert masks[0].tolist() == [[3, 3, 7, 7]] * 4 and (masks[1] == VOID).all()
     assert class_masks([], 4).shape == (0, 4, 4)

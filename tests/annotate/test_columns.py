@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from ldm_sg.annotate import annotate, summary
+from ldm_sg.annotate.baselines import class_masks
 from ldm_sg.annotate.columns import column_name, parse_kind
 from ldm_sg.config import AnnotateConfig
 from ldm_sg.data import Annotation, FolderSource, SceneSource, open_source
+from ldm_sg.data.crop import Square, center_square
 from ldm_sg.data.masks import VOID, rasterise_boxes
 from ldm_sg.store import Store, verify
 from ldm_sg.train.guidance import Guidance
@@ -41,7 +43,7 @@ def test_boxes_in_original_pixels_and_as_masks(scene_store: Store, scene_boxes: 
     ]
     boxes, masks = scene_store.column("boxes-k2-box"), scene_store.column("boxes-k2")
     assert boxes.shape == (24, 4) and boxes.dtype == np.int32
-    inside = rasterise_boxes(boxes, np.full((24, 2), 64), 8)[:, 0]
+    inside = rasterise_boxes(boxes, [Square(0, 0, 64)] * 24, 8)[:, 0]
     np.testing.assert_array_equal(masks, np.where(inside, 0, VOID))
     provenance = records["boxes-k2"]["provenance"]
     assert (provenance["algorithm"], provenance["label"], provenance["spatial_channels"]) == ("LOST", "k2", 1)
@@ -126,6 +128,44 @@ def test_ground_truth(drawn: SceneSource, tmp_path: Path) -> None:
     guidance = Guidance.load(store, "true-boxes")
     assert guidance.tensors()["label"][3].tolist() == [0, 1, 1] and guidance.spatial_channels == 1
     assert Guidance.load(store, "true-masks").tensors()["label"][1].tolist() == [1, 0, 1]
+
+
+def painted(folder: Path, n: int = 6) -> SceneSource:
+    """Images of 120 x 90 px that show what is drawn: dark ground, a grey ball, and a light box that has a box."""
+    folder.mkdir()
+    truths = {}
+    for i in range(n):
+        rng = np.random.default_rng(i)
+        y, x = np.mgrid[:90, :120]
+        x0, y0 = (int(v) for v in rng.integers(5, 45, 2))
+        mask = np.where(np.hypot(x - rng.integers(120), y - rng.integers(90)) < 25, 1, 0).astype(np.uint8)
+        mask[y0 : y0 + 40, x0 : x0 + 50] = 2
+        Image.fromarray(np.repeat(mask[..., None] * 100, 3, 2)).save(folder / f"{i}.png")
+        truths[f"{i}.png"] = Annotation(np.array([[x0, y0, x0 + 50, y0 + 40]], np.float32), np.array([2]), mask)
+    return SceneSource(FolderSource(folder), truths.__getitem__, NAMES)
+
+
+def test_random_crops_are_those_of_the_image(tmp_path: Path) -> None:
+    source = painted(tmp_path / "painted")
+    changes = {"clusters": [2], "autoencoder": "identity", "crop": "random"}
+    for out in ("one", "two"):
+        for kind in ("true-boxes", "true-masks"):
+            store = annotate(settings(tmp_path / "painted", kind=kind, **changes), source, tmp_path / out, quiet=True)
+    one = Store.open(tmp_path / "one")
+    for name in ("true-boxes", "true-masks"):
+        np.testing.assert_array_equal(one.column(name), store.column(name))
+    moments = store.read_all("latent").astype(np.float32)  # (n, 2, 3, 64, 64) in [-1, 1]: image and mirror image
+    np.testing.assert_array_equal(moments, one.read_all("latent").astype(np.float32))
+    seen = np.rint((moments[:, 0, 0] + 1) * 127.5 / 100)  # class of each pixel
+    masks, boxes = store.column("true-masks"), store.column("true-boxes") == 0
+    drawn_masks = [source.annotation(key).mask for key in store.keys]
+    centred = class_masks([(mask, center_square(120, 90)) for mask in drawn_masks if mask is not None], 64)
+    assert (masks == seen).mean() > 0.97  # the rest are edges, which the image has smoothed
+    assert (centred == seen).mean() < 0.8
+    np.testing.assert_array_equal(boxes, masks == 2)
+    assert store.manifest["provenance"]["crop"] == "random"
+    hot = [np.isin(np.arange(3), mask) for mask in masks]
+    np.testing.assert_array_equal(Guidance.load(store, "true-masks").tensors()["label"], np.array(hot))
 
 
 def test_labels_of_a_set_with_one_each(image_folder: Path, tmp_path: Path) -> None:

@@ -120,7 +120,9 @@ def test_spherical_clusters_are_a_column_of_their_own(image_folder: Path, tmp_pa
     np.testing.assert_array_equal(store.column("by-cosine"), (features @ centroids.T).argmax(1))
 
 
-@pytest.mark.parametrize("change", [{"limit": 20}, {"size_px": 80}, {"latent_channels": 8}, {"shard_rows": 9}])
+@pytest.mark.parametrize(
+    "change", [{"limit": 20}, {"size_px": 80}, {"latent_channels": 8}, {"crop": "random"}, {"shard_rows": 9}]
+)
 def test_other_rows_need_another_store(tiny_store: Store, change: dict[str, Any]) -> None:
     folder = Path(tiny_store.manifest["provenance"]["dataset"])
     before = files(tiny_store.folder)

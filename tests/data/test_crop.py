@@ -1,4 +1,4 @@
-"""The crop is the LSUN loader of latent diffusion, pixel for pixel."""
+"""The crop is the LSUN loader of latent diffusion, pixel for pixel; or a square drawn by the key."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_sg.data.crop import center_crop_resize
+from ldm_sg.data.crop import center_crop_resize, random_square
 
 
 def lsun_loader(image: Image.Image, size_px: int) -> np.ndarray:
@@ -45,3 +45,21 @@ def test_takes_the_centre():
 def test_refuses_no_pixels():
     with pytest.raises(ValueError):
         center_crop_resize(Image.new("RGB", (10, 10)), 0)
+
+
+@pytest.mark.parametrize("width, height", [(500, 375), (333, 500), (64, 64), (2, 3), (1, 1)])
+def test_random_squares_lie_in_the_image_and_depend_on_the_key(width, height):
+    squares = [random_square(width, height, f"{i}.png") for i in range(200)]
+    assert squares == [random_square(width, height, f"{i}.png") for i in range(200)]
+    left, top, side = np.array(squares).T
+    assert left.min() >= 0 and top.min() >= 0 and (left + side).max() <= width and (top + side).max() <= height
+    assert side.min() >= max(1, round(min(width, height) / 1.25)) and side.max() <= max(
+        1, round(min(width, height) / 1.05)
+    )
+    if min(width, height) > 9:  # all places are drawn
+        assert left.min() == 0 and (left + side).max() > 0.98 * width and len(set(squares)) > 150
+
+
+def test_random_squares_stay_what_they_are():
+    assert random_square(500, 375, "2007_000032.jpg") == (171, 19, 311)
+    random_square(9, 9, "not utf-8 \udcff")

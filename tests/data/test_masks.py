@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from ldm_sg.data.crop import center_crop_resize
+from ldm_sg.data.crop import center_crop_resize, center_square
 from ldm_sg.data.masks import VOID, crop_index_map, multi_hot, one_hot_masks, rasterise_boxes, sampled_pixels
 
 SIZES = [(64, 64), (65, 40), (40, 65), (33, 90), (500, 375), (333, 500), (8, 9)]
@@ -26,7 +26,7 @@ def through_pillow(mask: Image.Image, cells: int) -> np.ndarray:
 @pytest.mark.parametrize("cells", [8, 32, 64])
 def test_index_maps_are_what_pillow_makes(width: int, height: int, cells: int) -> None:
     index = np.random.default_rng(width).integers(0, 256, (height, width), dtype=np.uint8)
-    found = crop_index_map(index, cells)
+    found = crop_index_map(index, center_square(width, height), cells)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, through_pillow(Image.fromarray(index), cells))
 
@@ -37,7 +37,7 @@ def test_boxes_are_what_pillow_draws(width: int, height: int) -> None:
     x, y = (np.sort(rng.integers(0, side + 1, (20, 2)), axis=1) for side in (width, height))
     boxes = np.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], axis=1)
     boxes = boxes[(x[:, 0] < x[:, 1]) & (y[:, 0] < y[:, 1])]
-    found = rasterise_boxes(boxes, np.full((len(boxes), 2), (width, height)), 16)
+    found = rasterise_boxes(boxes, [center_square(width, height)] * len(boxes), 16)
     assert found.shape == (len(boxes), 1, 16, 16) and found.dtype == np.uint8
     for mask, (x0, y0, x1, y1) in zip(found[:, 0], boxes):
         drawn = Image.new("L", (width, height))
@@ -49,16 +49,16 @@ def test_masks_lie_where_the_image_is() -> None:
     pixels = np.zeros((300, 400, 3), np.uint8)
     pixels[40:200, 130:270] = 255
     seen = center_crop_resize(Image.fromarray(pixels), 256).reshape(32, 8, 32, 8, 3).mean((1, 3, 4)) / 255
-    mask = rasterise_boxes(np.array([[130, 40, 270, 200]]), np.array([[400, 300]]), 32)[0, 0]
+    mask = rasterise_boxes(np.array([[130, 40, 270, 200]]), [center_square(400, 300)], 32)[0, 0]
     np.testing.assert_array_equal(mask, seen > 0.5)
 
 
 def test_a_box_outside_the_crop_leaves_no_guidance() -> None:
-    assert not rasterise_boxes(np.array([[0, 0, 20, 40]]), np.array([[100, 40]]), 8).any()
+    assert not rasterise_boxes(np.array([[0, 0, 20, 40]]), [center_square(100, 40)], 8).any()
 
 
 def test_sampled_pixels_are_exact_where_steps_are_no_binary_fraction() -> None:
-    rows, columns = sampled_pixels(100, 30, 20)
+    rows, columns = sampled_pixels(center_square(100, 30), 20)
     assert rows.tolist() == [(2 * i + 1) * 30 // 40 for i in range(20)]
     assert columns.tolist() == (rows + 35).tolist()
 
@@ -75,7 +75,7 @@ def test_one_hot_and_void() -> None:
 def test_label_is_taken_after_the_crop() -> None:
     index = np.zeros((10, 30), np.uint8)
     index[:, :5], index[:, 12:14] = 1, 2  # the first is cut off, the second not
-    seen = torch.from_numpy(crop_index_map(index, 10))[None]
+    seen = torch.from_numpy(crop_index_map(index, center_square(30, 10), 10))[None]
     assert multi_hot(one_hot_masks(seen, 3)).tolist() == [[1, 0, 1]]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_sg.data.crop import center_crop_resize
+from ldm_sg.data.crop import center_crop_resize, crop_resize, random_square
 from ldm_sg.data.decode import decode_rgb
 from ldm_sg.data.sources import FolderSource
 from ldm_sg.data.stream import AHEAD_BATCHES, batches, load_images, to_model_range, to_uint8
@@ -61,6 +61,17 @@ def test_load_images_names_bad_ones(spoiled):
     assert len(images) == len(good) == 24
     assert list(reasons) == ["0_empty.png", "part0/2_text.jpg"]
     assert reasons["0_empty.png"] == "empty file" and reasons["part0/2_text.jpg"].startswith("not an image")
+
+
+def test_random_crops_are_those_of_the_keys(source):
+    expected = []
+    for key in source.keys:
+        image = decode_rgb(source.read(key))
+        expected.append(crop_resize(image, random_square(*image.size, key), 32))
+    images = load_images(source, source.keys, 32, crop="random")[0]
+    np.testing.assert_array_equal(images, expected)
+    streamed = np.concatenate([b["image"] for b in batches(source, source.keys, 32, 5, crop="random")])
+    np.testing.assert_array_equal(streamed, expected)
 
 
 def test_load_images_of_nothing(source):

@@ -12,7 +12,7 @@ import pytest
 from ldm_sg.annotate.annotator import Annotator
 from ldm_sg.autoencoder import Identity
 from ldm_sg.config import SampleConfig
-from ldm_sg.evaluate import guidance_agreement, reconstruction_ceiling, unguided_variation
+from ldm_sg.evaluate import guidance_agreement, histogram_variation, reconstruction_ceiling, unguided_images
 from ldm_sg.sample import Request
 from ldm_sg.sample.grid import RealImages
 from ldm_sg.train import Run
@@ -72,12 +72,13 @@ def test_ceiling_of_a_perfect_and_of_a_blind_autoencoder(tiny_run: Run, annotato
 def test_unguided_samples_that_follow_the_histogram(tiny_run: Run, annotator: Annotator) -> None:
     cycle = np.repeat(range(3), tiny_run.facts.histogram)
     sampler: Any = FakeSampler(tiny_run, lambda request: int(cycle[request.seed % 24]))
-    variation, images = unguided_variation(sampler, annotator, OPTIONS, 24)
-    assert variation == pytest.approx(0, abs=1e-9) and images.shape == (24, 64, 64, 3)
+    images = unguided_images(sampler, OPTIONS, 24)
+    assert images.shape == (24, 64, 64, 3)
+    assert histogram_variation(annotator, images, tiny_run.facts.histogram) == pytest.approx(0, abs=1e-9)
     assert sampler.scales == [0.0], "w = 0 whatever the options say"
 
 
 def test_unguided_samples_of_one_cluster(tiny_run: Run, annotator: Annotator) -> None:
     sampler: Any = FakeSampler(tiny_run, lambda request: 2)
-    variation, _ = unguided_variation(sampler, annotator, OPTIONS, 10)
+    variation = histogram_variation(annotator, unguided_images(sampler, OPTIONS, 10), tiny_run.facts.histogram)
     assert variation == pytest.approx(1 - tiny_run.facts.histogram[2] / 24)

@@ -13,11 +13,15 @@ import pytest
 import torch
 
 from ldm_sg.annotate.annotator import Annotator
+from ldm_sg.annotate.spatial import Segmentation
 from ldm_sg.autoencoder import Identity
 from ldm_sg.config import Config
-from ldm_sg.evaluate import evaluate
+from ldm_sg.evaluate import evaluate, write_report
 from ldm_sg.evaluate.evaluation import copy_numbers, psnr, sampling_floor, training_images
+from ldm_sg.evaluate.report import number_rows
+from ldm_sg.sample import Request
 from ldm_sg.sample.grid import RealImages
+from ldm_sg.sample.kept import Kept
 from ldm_sg.store import Store
 from ldm_sg.train import Run, resume_or_create, start_processes, train
 
@@ -79,6 +83,44 @@ def test_numbers_of_a_run(run: Run) -> None:
     again = evaluate(run, run.config.sample, silent)
     assert again.numbers == numbers
     np.testing.assert_array_equal(again.guided, found.guided)
+
+
+def test_as_many_unguided_images_as_guided(run: Run) -> None:
+    run.config.evaluate.images_per_cluster = 3
+    numbers = evaluate(run, run.config.sample, silent).numbers
+    assert (numbers["agreement_images"], numbers["unguided_images"]) == (9, 9)
+    assert numbers["unguided_total_variation_floor"] == sampling_floor(run.facts.histogram, 9)
+
+
+def test_boxes_and_masks(scene_run: Run, tmp_path: Path) -> None:
+    run = replace(scene_run, path=shutil.copytree(scene_run.path, tmp_path / "run"))
+    found = evaluate(run, run.config.sample, silent)
+    numbers, masks = found.numbers, run.facts.column == "masks2"
+    assert len(found.guided) == numbers["agreement_images"] == 4 and 0 <= numbers["copies_in_pixels"] <= 1
+    assert ("mask_agreement" in numbers) == masks != ("agreement" in numbers)
+    assert ("unguided_total_variation" in numbers) == ("copies_in_features" in numbers) == (not masks)
+    assert 0.5 < numbers["agreement_ceiling"] <= 1
+    if masks:
+        kept = Kept(run)
+        asked = kept.guidance.masks[[kept.place(Request(seed, None)) for seed in range(4)]]
+        again = Segmentation.find(RealImages(run).store, "masks2").clusters(found.guided)
+        assert numbers["mask_agreement"] == pytest.approx((again == asked).mean())
+    text = write_report(run, found).read_text()
+    assert ("under the guidance of training images" in text) == masks
+    assert ("cells of guided images that are of the kind asked for" in text) == masks
+
+
+@pytest.mark.parametrize("scene_run", ["masks2"], indirect=True)
+def test_guidance_that_images_do_not_show(scene_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Segmentation, "find", lambda *_: None)  # as for masks that people drew
+    run = replace(scene_run, path=shutil.copytree(scene_run.path, tmp_path / "run"))
+    found = evaluate(run, run.config.sample, silent)
+    assert not {"agreement", "mask_agreement", "agreement_ceiling"} & found.numbers.keys()
+    assert [row[0].split(",")[0] for row in number_rows(found.numbers)] == [
+        "generated images nearer to a training image than real ones are",
+        "reconstruction of training images",
+    ]
+    assert write_report(run, found).is_file()
 
 
 def test_unguided_run_has_no_agreement(tiny_config: Config, tiny_store: Store, tmp_path: Path) -> None:

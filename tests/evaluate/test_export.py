@@ -82,6 +82,7 @@ def test_diffusers_makes_the_same_images(tiny_run: Run, tmp_path: Path, monkeypa
         ({"clusters": 9}, "got cluster 9, expected 0 to 2"),
         ({"clusters": [0, 1]}, "2 clusters for 1 seeds"),
         ({"cfg": 3}, "got option 'cfg', expected one of sampler"),
+        ({"clusters": 0, "masks": np.zeros((1, 4, 4), np.uint8)}, r"got masks of shape \(1, 4, 4\), expected none"),
     ):
         with pytest.raises(ValueError, match=words):
             pipe(**bad)
@@ -92,6 +93,40 @@ def opened_again(pipe: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> An
     pipe.save_pretrained(folder)
     shutil.copy(Path(pipe.config._name_or_path) / "pipeline.py", folder)
     return opened(folder, monkeypatch)
+
+
+def test_boxes_and_masks(scene_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places, seeds = [7, 0, 12], [3, 4, 5]
+    expected = made_by(open_run(scene_run.path), [Request(s, None, place=p) for s, p in zip(seeds, places)], 2.0)
+    folder = export(scene_run, tmp_path / "out")
+    module = runpy.run_path(str(folder / "loader.py"))
+    clusters, masks = module["kept"](folder, places)
+    assert masks.shape == (3, 8, 8)
+    with pytest.raises(ValueError, match=r"got 24, expected 0 to 23, the images of guidance\.safetensors"):
+        module["kept"](folder, [3, 24])
+    got = module["sample"](folder, clusters, seeds, masks)
+    assert np.abs(got.astype(int) - expected).max() <= 1
+    pipe = opened(folder, monkeypatch)
+    piped = pipe(clusters=clusters, masks=masks, seeds=seeds, output_type="np").images
+    assert np.abs(piped.astype(int) - expected).max() <= 1
+    others = pipe(clusters=clusters, masks=masks[[1, 2, 0]], seeds=seeds, output_type="np").images
+    assert (others != piped).any()
+    boxes = scene_run.facts.column == "boxes-k2"
+    for arguments, words in (
+        ({"clusters": 1}, r"got no masks, expected index maps \(B, 8, 8\)"),
+        ({"clusters": 1, "masks": masks[:1, :4]}, r"got masks of shape \(1, 4, 8\), expected index maps \(B, 8, 8\)"),
+        ({"clusters": 1, "masks": masks}, "got 3 masks for 1 seeds"),
+        ({"clusters": 2, "masks": masks[:1]}, "got cluster 2, expected 0 to 1"),
+        *([({"masks": masks[:1]}, "got masks of 1 without clusters, expected a cluster of 0 to 1")] if boxes else []),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pipe(**arguments)
+    if not boxes:  # what is in a mask is its label
+        pooled = pipe(masks=masks, seeds=seeds, output_type="np").images
+        np.testing.assert_array_equal(pooled, piped)
+    text = (folder / "README.md").read_text()
+    assert f"a mask of {1 if boxes else 2} kinds and {'a cluster' if boxes else 'the clusters in it'}" in text
+    assert "masks=masks" in text
 
 
 def test_without_diffusers_the_extra_is_named(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm_sg.annotate import annotate
 from ldm_sg.config import Config, SampleConfig
+from ldm_sg.data import load_images, open_source
 from ldm_sg.sample import Sampler, contact_sheet, sample_grid, training_grid
 from ldm_sg.sample.grid import (
     CAPTION_PX,
@@ -25,7 +28,7 @@ from ldm_sg.sample.grid import (
 )
 from ldm_sg.sample.requests import Request
 from ldm_sg.store import Store
-from ldm_sg.train import Run, resume_or_create
+from ldm_sg.train import Run, open_run, resume_or_create
 from ldm_sg.train.guidance import Guidance
 from ldm_sg.train.network import build_network
 
@@ -35,6 +38,21 @@ OPTIONS = SampleConfig(steps=2, n=4, micro_batch=4)
 @pytest.fixture(scope="module")
 def sampler(tiny_run: Run) -> Sampler:
     return Sampler(tiny_run)
+
+
+def test_real_images_have_the_stores_crop(image_folder: Path, tiny_config: Config, tmp_path: Path) -> None:
+    changes = {"dataset": str(image_folder), "crop": "random"}
+    source = open_source(str(image_folder))
+    store = annotate(replace(tiny_config.annotate, **changes), source, tmp_path / "store", quiet=True)
+    run = resume_or_create(tmp_path / "run", tiny_config, store)
+    assert run.config.annotate.crop == "random"
+    shown = RealImages(run).rows(range(24))
+    np.testing.assert_array_equal(shown, load_images(source, store.keys, 64, crop="random")[0])
+    assert (shown != load_images(source, store.keys, 64)[0]).any((1, 2, 3)).all()
+    facts = json.loads((run.path / "store.json").read_text())
+    facts.pop("crop")  # a run from before there was a choice
+    (run.path / "store.json").write_text(json.dumps(facts))
+    assert open_run(run.path).facts.crop == "center"
 
 
 def test_row_leaves_places_empty() -> None:
