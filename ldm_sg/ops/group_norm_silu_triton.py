@@ -198,7 +198,8 @@ def _store_dx(dx, offsets, mask, xhat, dz, rstd, gain, sum_dz, sum_dz_xhat, is_m
 @triton.jit
 def _backward(
     dy, x, dx, mean, rstd, weight, bias, scale, shift, modulation_stride, sum_dz, sum_dz_xhat,
-    pixels: tl.constexpr, num_channels: tl.constexpr, units, group_channels, tile_groups, num_groups,
+    pixels: tl.constexpr, num_channels: tl.constexpr, units: tl.constexpr, group_channels: tl.constexpr,
+    tile_groups: tl.constexpr, num_groups: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, UNIT: tl.constexpr,
     LAST: tl.constexpr, SILU: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
