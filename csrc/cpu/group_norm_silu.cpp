@@ -270,12 +270,12 @@ void for_tasks(const Shape& shape, bool keep, const F& f) {
 template <class T>
 void statistics(const Shape& shape, const T* x, int64_t first, int64_t count, double eps, Scratch& scratch,
                 float* means, float* rstds) {
-  const int64_t width = shape.width(), some = std::min<int64_t>(width, 8);
-  const int64_t step = shape.channels_last ? 1 : shape.pixels;
+  const int64_t width = shape.width(), some = std::min<int64_t>(width * shape.pixels, 8);
+  const int64_t step = shape.channels_last ? 1 : shape.pixels, next = shape.channels_last ? shape.channels : 1;
   float* centre = scratch.of(0);
-  for (int64_t c = 0; c < count && shape.pixels; c += width) {
+  for (int64_t c = 0; c < count && some; c += width) {
     float sum = 0;
-    for (int64_t i = c; i < c + some; ++i) sum += load(x + (first + i) * step, 1)[0];
+    for (int64_t i = 0; i < some; ++i) sum += load(x + (first + c + i % width) * step + i / width * next, 1)[0];
     std::fill_n(centre + c, width, sum / some);
   }
   sum_columns(shape, first, count, scratch, [&](const Block& k, int64_t channel, float* s1, float* s2) {
