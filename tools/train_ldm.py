@@ -68,8 +68,8 @@ def main(args: argparse.Namespace) -> None:
             processes.say(f"run {name} is finished: {config.train.steps} steps")
         else:
             train(run, store, processes, training_grid)
-        cluster = min(17, run.facts.num_clusters - 1)
-        processes.say(f"done: {run.path}. Next: python tools/sample_grid.py --run {name} --cluster {cluster}")
+        shown = f"--cluster {min(17, run.facts.num_clusters - 1)}" if run.config.model.guided else "--unguided"
+        processes.say(f"done: {run.path}. Next: python tools/sample_grid.py --run {name} {shown}")
     finally:
         processes.close()
 
