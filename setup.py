@@ -74,6 +74,12 @@ class BuildParts(build_ext):
         return str(Path(*fullname.split("."))) + ".so"  # LibTorch's stable ABI: no version of Python in the name
 
     def build_extension(self, ext: Extension) -> None:
+        try:
+            self._build(ext)
+        except (OSError, subprocess.CalledProcessError) as error:  # a compiler that is not there, or does not answer
+            raise CompileError(str(error)) from error
+
+    def _build(self, ext: Extension) -> None:
         part = ext.name.split("._")[1]
         if not ext.sources:
             raise CompileError("it has no sources")

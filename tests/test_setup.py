@@ -14,7 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.parametrize(
     ("environment", "reason"),
-    [({"CXX": "false"}, "false -O3"), ({"CXX": "", "PATH": "/nowhere"}, "there is no C++ compiler")],
+    [
+        ({"CXX": "false"}, "false -O3"),
+        ({"CXX": "/no/such/g++"}, "No such file or directory: '/no/such/g++'"),
+        ({"CXX": "", "PATH": "/nowhere"}, "there is no C++ compiler"),
+    ],
 )
 def test_without_a_compiler_it_says_so_and_goes_on(environment: dict[str, str], reason: str, tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]

@@ -247,7 +247,8 @@ class Segmentation:
         Args:
             images: (N, S, S, 3) uint8, of the store's size.
         Returns:
-            (N, h, w) uint8 index maps of the latents' size, for the store's own images those of the column.
+            (N, h, w) uint8 index maps of the latents' size; for the store's own images those of the column, unless the
+            network reads another size than the store's: the column was then made of the larger originals.
         """
         found = []
         for start in range(0, len(images), BATCH):

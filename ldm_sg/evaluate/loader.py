@@ -70,7 +70,7 @@ def guide(settings: dict[str, Any], clusters: Clusters | None, masks: np.ndarray
             )
         guidance["spatial"] = one_hot_masks(torch.from_numpy(np.asarray(masks, np.int64)), channels)
     if clusters is not None:
-        several = [torch.tensor([c] if isinstance(c, int) else list(c), dtype=torch.long) for c in clusters]
+        several = [torch.as_tensor(c, dtype=torch.long).reshape(-1) for c in clusters]
         return {**guidance, "label": torch.stack([one_hot(ids, k).sum(0).clamp(max=1) for ids in several])}
     if channels != k:
         raise ValueError(f"got masks of {channels} without clusters, expected a cluster of 0 to {k - 1} for each")

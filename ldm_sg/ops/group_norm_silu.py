@@ -84,12 +84,16 @@ def _gradients(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     return *gradients, *[None] * (8 - len(gradients))
 
 
+BUILT_FOR = ((8, 0), (9, 0), (10, 0))  # by setup.py; other GPUs have less shared memory than a slab may take
+
+
 def _in_registers(x: Tensor, *given: Any) -> bool:
     return x.dim() == 4 and fits_registers(x, given[4])
 
 
 def _in_shared_memory(x: Tensor, *given: Any) -> bool:
-    return x.dim() == 4 and not fits_registers(x, given[4]) and fits_shared_memory(x, given[4])
+    fits = x.dim() == 4 and not fits_registers(x, given[4]) and fits_shared_memory(x, given[4])
+    return fits and (not x.is_cuda or torch.cuda.get_device_capability(x.device) in BUILT_FOR)
 
 
 @torch.library.impl("ldm_sg::group_norm_silu", "CUDA")
@@ -167,7 +171,15 @@ TABLE = (
     Row("cpu", (torch.float32,), _SLIGHT, _is_slight, "plain torch", group_norm_silu_reference),
     Row("cpu", FLOATS, "(B, C, H, W)", _is_map, "csrc/cpu/group_norm_silu.cpp", _fused, extension.missing("cpu")),
     Row("cuda", FLOATS, "a group fits into registers", _in_registers, f"{_TRITON}, 1 read", _fused, _NO_TRITON),
-    Row("cuda", FLOATS, "into shared memory", _in_shared_memory, _CUDA, _fused, extension.missing("cuda")),
+    Row(
+        "cuda",
+        FLOATS,
+        "into shared memory (sm_80, 90, 100)",
+        _in_shared_memory,
+        _CUDA,
+        _fused,
+        extension.missing("cuda"),
+    ),
     Row("cuda", FLOATS, "(B, C, H, W)", _is_map, f"{_TRITON}, 2 reads", _fused, _NO_TRITON),
     Row("any", None, "all else", anything, "plain torch", group_norm_silu_reference),
 )

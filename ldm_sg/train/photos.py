@@ -40,7 +40,8 @@ class Photos:
 
     def held_out(self) -> np.ndarray:
         """Load the images to measure on, (n, S, S, 3) uint8."""
-        images, _, bad = load_images(self.source, self.measured, self.config.annotate.size_px, WORKERS)
+        about = self.config.annotate
+        images, _, bad = load_images(self.source, self.measured, about.size_px, WORKERS, about.crop)
         self._set_aside(bad)
         if not len(images):
             raise ValueError(f"none of {len(bad)} held-out images can be read, the first: {': '.join(bad[0])}")
@@ -55,9 +56,9 @@ class Photos:
         Raises:
             ValueError: if a whole part of a batch, or more than `annotate.max_bad` of all images, cannot be read.
         """
-        config, mine = self.config.train, processes.share(self.config.train.batch_size)
+        config, about, mine = self.config.train, self.config.annotate, processes.share(self.config.train.batch_size)
         keys = _Order(self.trained, config.batch_size, mine, config.seed, start, config.steps)
-        for batch in batches(self.source, keys, self.config.annotate.size_px, mine.stop - mine.start, WORKERS):
+        for batch in batches(self.source, keys, about.size_px, mine.stop - mine.start, WORKERS, about.crop):
             self._set_aside(batch["bad"])
             if not batch["keys"]:
                 key, reason = batch["bad"][0]

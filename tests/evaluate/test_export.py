@@ -71,7 +71,7 @@ def test_diffusers_makes_the_same_images(tiny_run: Run, tmp_path: Path, monkeypa
     assert np.abs(got.astype(int) - expected).max() <= 1
     run = open_run(tiny_run.path)
     run.config.sample.guidance_interval, run.config.sample.steps = [0.1, 2.0], 5
-    changed = pipe(clusters=[0, 2, 1], seeds=[0, 1, 2], steps=5, guidance_interval=[0.1, 2.0])
+    changed = pipe(clusters=np.array([0, 2, 1]), seeds=[0, 1, 2], steps=5, guidance_interval=[0.1, 2.0])
     pixels = np.stack([np.asarray(image) for image in changed.images]).astype(int)
     assert np.abs(pixels - made_by(run, requests, 2.0)).max() <= 1 and (pixels != got).any()
     free = pipe(seeds=7, output_type="np").images
