@@ -5,6 +5,7 @@ A part that cannot be built is left out, with a line that says why: the package 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -28,6 +29,11 @@ CUDA_ARCHITECTURES = ("80", "90", "100")
 def files(pattern: str) -> list[str]:
     """List files of csrc/."""
     return sorted(map(str, Path("csrc").glob(pattern)))
+
+
+def sources_id() -> str:
+    """Name the state of csrc/, as ldm_sg/ops/extension.py does: a part of other sources is never loaded."""
+    return hashlib.sha256(b"".join(Path(f).read_bytes() for f in files("*/*"))).hexdigest()[:8]
 
 
 def torch_folder() -> Path:
@@ -71,7 +77,13 @@ class BuildParts(build_ext):
         self.parallel = True
 
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split("."))) + ".so"  # LibTorch's stable ABI: no version of Python in the name
+        return f"{Path(*fullname.split('.'))}.{sources_id()}.so"  # LibTorch's stable ABI: no version of Python here
+
+    def run(self) -> None:
+        super().run()
+        for old in Path("ldm_sg/ops").glob("_*.so") if self.inplace else ():
+            if sources_id() not in old.name:
+                old.unlink()
 
     def build_extension(self, ext: Extension) -> None:
         try:

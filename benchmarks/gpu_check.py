@@ -31,6 +31,7 @@ from gpu.results import DONE, Recorder, Results  # noqa: E402
 from gpu.timing import DEVICE  # noqa: E402
 
 from ldm_sg.hardware import describe  # noqa: E402
+from ldm_sg.ops import extension  # noqa: E402
 
 SECONDS = 580  # for everything
 
@@ -72,8 +73,8 @@ def arguments() -> argparse.Namespace:
 
 
 def build() -> None:
-    """Build csrc/ where it is not built and a compiler is there."""
-    if DEVICE.type == "cuda" and not (ROOT / "ldm_sg/ops/_cuda.so").exists():
+    """Build csrc/ where it is not built from these sources and a compiler is there."""
+    if DEVICE.type == "cuda" and extension.missing("cuda"):
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         print(done.stdout[-2000:], done.stderr[-2000:], sep="\n")

@@ -134,14 +134,6 @@ struct Heads {
   }
 };
 
-// Call f(column, lanes) along a row; whole vectors first, so that those compile to single instructions.
-template <class F>
-inline void for_vectors(int64_t columns, const F& f) {
-  int64_t c = 0;
-  for (; c + LANES <= columns; c += LANES) f(c, LANES);
-  if (c < columns) f(c, static_cast<int>(columns - c));
-}
-
 // Row i with its columns side by side: where it lies, or copied to scratch.
 template <class E>
 inline const E* dense(const Rows<E>& x, int64_t i, int64_t width, std::vector<E>& scratch) {
@@ -159,7 +151,7 @@ void pack(const Rows<E>& x, int64_t rows, int64_t width, T scale, Matrix<T>& to,
   for (int64_t i = 0; i < rows; ++i) {
     const E* from = dense(x, i, width, scratch);
     T* row = to.at(first + i);
-    for_vectors(width, [=](int64_t d, int lanes) { store(row + d, scale * load(from + d, lanes)); });
+    for_vectors(width, [=](int64_t d, auto lanes) { store(row + d, scale * load(from + d, lanes)); });
   }
 }
 
@@ -171,7 +163,7 @@ void unpack(Matrix<T>& from, int64_t first, int64_t rows, int64_t width, const T
     const T scale = scales[i * scale_step];
     const T* row = from.at(first + i);
     E* to = x.data + i * x.row;
-    for_vectors(width, [=](int64_t d, int lanes) { store(to + d, scale * load(row + d), lanes); });
+    for_vectors(width, [=](int64_t d, auto lanes) { store(to + d, scale * load(row + d), lanes); });
   }
 }
 
@@ -237,7 +229,7 @@ void pack_transposed(const Rows<E>& x, int64_t rows, int64_t width, T scale, Mat
   for (int64_t i = 0; i < rows; i += LANES) {
     const E* from[LANES];
     for (int r = 0; r < LANES; ++r) from[r] = i + r < rows ? dense(x, i + r, width, scratch[r]) : zeros.data();
-    for_vectors(width, [&](int64_t d, int lanes) {
+    for_vectors(width, [&](int64_t d, auto lanes) {
       VecOf<T> block[LANES];
       for (int r = 0; r < LANES; ++r) block[r] = scale * load(from[r] + d, lanes);
       transpose_block<1>(block);

@@ -6,6 +6,7 @@ dispatcher; a part that is absent is no error, and `missing` says why it is.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -18,11 +19,17 @@ def _cpu_part() -> str:
     return {"AVX512": "cpu_avx512", "AVX2": "cpu_avx2"}.get(torch.backends.cpu.get_cpu_capability(), "cpu_default")
 
 
+def _built() -> str:
+    """What a part's name ends in: the state of csrc/ that it was built from, or any where csrc/ is not at hand."""
+    sources = sorted(map(str, Path(__file__).parents[2].glob("csrc/*/*")))
+    return hashlib.sha256(b"".join(Path(s).read_bytes() for s in sources)).hexdigest()[:8] if sources else "*"
+
+
 def _load(part: str) -> str:
     """Load a part; say what is in the way, or nothing."""
-    path = Path(__file__).with_name(f"_{part}.so")
-    if not path.exists():
-        return f"{path.name} is not built: {BUILD}"
+    path = next(Path(__file__).parent.glob(f"_{part}.{_built()}.so"), None)
+    if path is None:
+        return f"_{part} is not built from these sources: {BUILD}"
     try:
         torch.ops.load_library(path)
     except OSError as error:

@@ -6,7 +6,6 @@ Used at every normalisation of the UNet. Source: Wu & He (2018); the modulation 
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from ldm_sg.ops import extension
 from ldm_sg.ops.gradient import differentiable
 from ldm_sg.ops.group_norm_silu_tile import fits_registers, fits_shared_memory
-from ldm_sg.ops.table import FLOATS, Row, anything, choose
+from ldm_sg.ops.table import FLOATS, NO_TRITON, Row, anything, choose
 
 
 def group_norm_silu_reference(
@@ -166,11 +165,10 @@ def _is_slight(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, *r
 
 _SLIGHT = "to 2^15 (no SiLU: 2^17), plain, training"
 _TRITON, _CUDA = "ops/group_norm_silu_triton.py", "csrc/cuda/group_norm_silu.cu"
-_NO_TRITON = "" if importlib.util.find_spec("triton") else "there is no triton: pip install triton"
 TABLE = (
     Row("cpu", (torch.float32,), _SLIGHT, _is_slight, "plain torch", group_norm_silu_reference),
     Row("cpu", FLOATS, "(B, C, H, W)", _is_map, "csrc/cpu/group_norm_silu.cpp", _fused, extension.missing("cpu")),
-    Row("cuda", FLOATS, "a group fits into registers", _in_registers, f"{_TRITON}, 1 read", _fused, _NO_TRITON),
+    Row("cuda", FLOATS, "a group fits into registers", _in_registers, f"{_TRITON}, 1 read", _fused, NO_TRITON),
     Row(
         "cuda",
         FLOATS,
@@ -180,7 +178,7 @@ TABLE = (
         _fused,
         extension.missing("cuda"),
     ),
-    Row("cuda", FLOATS, "(B, C, H, W)", _is_map, f"{_TRITON}, 2 reads", _fused, _NO_TRITON),
+    Row("cuda", FLOATS, "(B, C, H, W)", _is_map, f"{_TRITON}, 2 reads", _fused, NO_TRITON),
     Row("any", None, "all else", anything, "plain torch", group_norm_silu_reference),
 )
 

@@ -11,12 +11,10 @@ replays for all steps. Plain torch takes a kernel for each operation in these li
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from ldm_sg.ops.table import Row, anything, choose
+from ldm_sg.ops.table import NO_TRITON, Row, anything, choose
 
 
 def guided_step_reference(
@@ -87,7 +85,6 @@ def _are_alike(x: Tensor, x0: Tensor, inputs: Tensor, output: Tensor, noise: Ten
     return all(t.is_contiguous(memory_format=_layout(x)) for t in kept)
 
 
-NO_TRITON = "" if importlib.util.find_spec("triton") else "there is no triton: pip install triton"
 TABLE = (
     Row("cuda", (torch.float32,), "dense, one memory layout", _are_alike, "Triton", _fused, NO_TRITON),
     Row("any", None, "all else", anything, "plain torch", guided_step_reference),

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ldm_sg.ops import extension
 from ldm_sg.ops.gradient import differentiable
-from ldm_sg.ops.table import FLOATS, Row, anything, choose
+from ldm_sg.ops.table import FLOATS, NO_TRITON, Row, anything, choose
 
 HALVES = (torch.bfloat16, torch.float16)
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -208,13 +208,12 @@ def _xformers_serves(*_: object) -> bool:
 
 
 _XFORMERS = importlib.util.find_spec("xformers") is not None
-_NO_TRITON = "" if importlib.util.find_spec("triton") else "triton is not installed"
 _NO_XFORMERS = "" if _XFORMERS else "xformers is not installed"
 _SMALL = "to 1024 tokens, heads to 128, prefix to 16"
 
 TABLE = (
     Row("cpu", FLOATS, _SMALL, _is_small, "csrc/cpu/prefix_attention.cpp", _ours, extension.missing("cpu")),
-    Row("cuda", HALVES, _SMALL, _is_small, "Triton", _ours, _NO_TRITON),
+    Row("cuda", HALVES, _SMALL, _is_small, "Triton", _ours, NO_TRITON),
     Row("cuda", HALVES, "where a probe passes", _xformers_serves, "xformers, a concat", _xformers, _NO_XFORMERS),
     Row("any", None, "all else", anything, "torch's SDPA, a concat", _sdpa),
 )

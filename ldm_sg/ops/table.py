@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NO_TRITON = "" if importlib.util.find_spec("triton") else "there is no triton: pip install triton"
 
 
 def anything(*_: Any) -> bool:
