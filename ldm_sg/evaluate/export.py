@@ -15,6 +15,7 @@ from ldm_sg.evaluate import loader
 from ldm_sg.evaluate.report import number_rows
 from ldm_sg.sample import Sampler
 from ldm_sg.store import Store
+from ldm_sg.train.network import guidance_widths, network_arguments, schedule_arguments
 from ldm_sg.train.run import Run, complete_folder
 
 PIPELINE = """\"\"\"The pipeline of this folder, for diffusers.\"\"\"
@@ -43,7 +44,7 @@ def export(run: Run, folder: Path) -> Path:
     except ImportError as error:
         raise ValueError(f"exporting to diffusers needs {error.name}: pip install 'ldm_sg[vae]'") from error
     sampler = Sampler(run, device=torch.device("cpu"))
-    unet = SelfGuidedUNet(settings=network_arguments(run))
+    unet = SelfGuidedUNet(settings={**network_arguments(run.config.model, run.facts), "checkpointing": False})
     unet.network.load_state_dict(sampler.network.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with complete_folder(folder) as partial:
@@ -69,22 +70,6 @@ def _model_of(autoencoder: Any) -> Any:
     return None
 
 
-def network_arguments(run: Run) -> dict[str, Any]:
-    """Collect the arguments of `UNet`."""
-    model = asdict(run.config.model)
-    channels = {"channels": run.facts.latent_shape[0], **guidance_widths(run)}
-    return channels | {name: value for name, value in model.items() if name not in ("guided", "checkpointing")}
-
-
-def guidance_widths(run: Run) -> dict[str, int]:
-    """Give K and S, 0 for an unguided run."""
-    guided = run.config.model.guided
-    return {
-        "num_clusters": run.facts.num_clusters if guided else 0,
-        "spatial_channels": run.facts.spatial_channels if guided else 0,
-    }
-
-
 def samples_with_training(run: Run) -> bool:
     """Tell whether guidance of training images goes with the weights."""
     return run.config.model.guided and run.keeps_guidance
@@ -93,12 +78,10 @@ def samples_with_training(run: Run) -> bool:
 def settings(run: Run) -> dict[str, Any]:
     """Collect what model_index.json tells: everything but network and weights that an image depends on."""
     facts, config = run.facts, run.config
-    diffusion = asdict(config.diffusion)
-    in_training = ("parameterisation", "loss", "min_snr_gamma")
     return {
-        **guidance_widths(run),
+        **guidance_widths(config.model, facts),
         "parameterisation": config.diffusion.parameterisation,
-        "schedule": {"name": diffusion.pop("schedule")} | {k: v for k, v in diffusion.items() if k not in in_training},
+        "schedule": schedule_arguments(config.diffusion),
         "sample": asdict(config.sample),
         "latent_shape": facts.latent_shape,
         "latent_mean": facts.latent_mean,

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from ldm_sg.config import DiffusionConfig, ModelConfig
 from ldm_sg.diffusion import Schedule, build_schedule
 from ldm_sg.model import UNet
 from ldm_sg.train.run import Space, StoreFacts
+
+
+def guidance_widths(config: ModelConfig, facts: StoreFacts | Space) -> dict[str, int]:
+    """Give K and S as `UNet` takes them, 0 for an unguided network."""
+    widths = {"num_clusters": facts.num_clusters, "spatial_channels": facts.spatial_channels}
+    return widths if config.guided else dict.fromkeys(widths, 0)
+
+
+def network_arguments(config: ModelConfig, facts: StoreFacts | Space) -> dict[str, Any]:
+    """Collect the arguments of `UNet`.
+
+    Args:
+        config: the `model` section.
+        facts: gives C, K and S.
+    Returns:
+        Argument -> value.
+    """
+    model = {name: value for name, value in asdict(config).items() if name != "guided"}
+    return {"channels": facts.latent_shape[0], **guidance_widths(config, facts), **model}
 
 
 def build_network(config: ModelConfig, facts: StoreFacts | Space) -> UNet:
@@ -21,21 +41,8 @@ def build_network(config: ModelConfig, facts: StoreFacts | Space) -> UNet:
     Raises:
         ValueError: if the network halves the latents more often than their size allows.
     """
-    channels, *sides = facts.latent_shape
-    network = UNet(
-        channels,
-        facts.num_clusters if config.guided else 0,
-        facts.spatial_channels if config.guided else 0,
-        base=config.base,
-        multipliers=config.multipliers,
-        attention=config.attention,
-        num_blocks=config.num_blocks,
-        heads=config.heads,
-        tokens=config.tokens,
-        dropout=config.dropout,
-        norm_groups=config.norm_groups,
-        checkpointing=config.checkpointing,
-    )
+    sides = facts.latent_shape[1:]
+    network = UNet(**network_arguments(config, facts))
     if any(side % network.downsample for side in sides):
         raise ValueError(
             f"model.multipliers: {len(config.multipliers)} levels halve the latents to 1/{network.downsample}, "
@@ -55,20 +62,17 @@ def network_settings(config: ModelConfig, facts: StoreFacts | Space) -> dict[str
     """
     free = ("dropout", "checkpointing")  # training may change them
     model = {f"model.{name}": value for name, value in asdict(config).items() if name not in free}
-    clusters, masks = (facts.num_clusters, facts.spatial_channels) if config.guided else (0, 0)
+    widths = guidance_widths(config, facts)
+    clusters, masks = widths["num_clusters"], widths["spatial_channels"]
     return {**model, "latent channels": facts.latent_shape[0], "clusters": clusters, "mask channels": masks}
 
 
-def build_run_schedule(d: DiffusionConfig) -> Schedule:
+def schedule_arguments(config: DiffusionConfig) -> dict[str, Any]:
+    """Collect the arguments of `build_schedule` from the `diffusion` section."""
+    in_training = ("schedule", "parameterisation", "loss", "min_snr_gamma")
+    return {"name": config.schedule, **{k: v for k, v in asdict(config).items() if k not in in_training}}
+
+
+def build_run_schedule(config: DiffusionConfig) -> Schedule:
     """Make the schedule that a run's configuration describes."""
-    return build_schedule(
-        d.schedule,
-        num_steps=d.num_steps,
-        beta_start=d.beta_start,
-        beta_end=d.beta_end,
-        sigma_min=d.sigma_min,
-        sigma_max=d.sigma_max,
-        rho=d.rho,
-        log_sigma_mean=d.log_sigma_mean,
-        log_sigma_std=d.log_sigma_std,
-    )
+    return build_schedule(**schedule_arguments(config))
