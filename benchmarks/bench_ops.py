@@ -2,9 +2,9 @@
 
 OMP_NUM_THREADS=1 python benchmarks/bench_ops.py
 
-Without means plain torch in the network's normalisations (it has no attention). Both ways run in turn in one process,
-from the same weights; `ratio` is the median over rounds of the time without over the time with, `low` and `high` its
-95% interval (bootstrap). `loss` and `loss_without` are those of the first step.
+Without means plain torch in the network's normalisations and convolutions (it has no attention). Both ways run in
+turn in one process, from the same weights; `ratio` is the median over rounds of the time without over the time with,
+`low` and `high` its 95% interval (bootstrap). `loss` and `loss_without` are those of the first step.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ldm_sg.config import config_path, load_config
 from ldm_sg.diffusion import PARAMETERISATIONS, SAMPLERS, bind_halves, linear_steps, sample_linear, training_loss
 from ldm_sg.hardware import autocast
 from ldm_sg.model import UNet
+from ldm_sg.ops.conv3x3 import conv3x3_reference
 from ldm_sg.ops.group_norm_silu import group_norm_silu_reference
 from ldm_sg.train.ema import EMA
 from ldm_sg.train.network import build_network, build_run_schedule
@@ -39,12 +40,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Let the network run without the op; `elpv` has no attention."""
+    """Let the network run without the ops; `elpv` has no attention."""
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, *, groups: int, silu: bool) -> Tensor:
         return group_norm_silu_reference(x, weight, bias, scale, shift, groups, 1e-5, silu)
 
-    with mock.patch("ldm_sg.model.norm.group_norm_silu", norm):
+    within = "ldm_sg.model.convolution"
+    plain = {"conv3x3": conv3x3_reference, "serves": lambda *_: False}  # then oneDNN packs, as it does for 1x1
+    with mock.patch("ldm_sg.model.norm.group_norm_silu", norm), mock.patch.multiple(within, **plain):
         yield
 
 

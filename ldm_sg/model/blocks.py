@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_sg.model.attention import Attention
+from ldm_sg.model.convolution import Conv3x3
 from ldm_sg.model.init import zeroed
 from ldm_sg.model.norm import GroupNorm
 
@@ -60,11 +61,11 @@ class ResBlock(nn.Module):
         super().__init__()
         self.resample = resample
         self.norm_in = GroupNorm(in_channels, groups=norm_groups)
-        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv_in = Conv3x3(in_channels, out_channels)
         self.embed = nn.Linear(embed_width, 2 * out_channels)
         self.norm_out = GroupNorm(out_channels, groups=norm_groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_out = zeroed(Conv3x3(out_channels, out_channels))
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:

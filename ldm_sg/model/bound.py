@@ -2,7 +2,7 @@
 
 W concat[t, k] + b = W_t t + (W_k k + b): the second half, and the guidance tokens' keys and values, are computed once
 per trajectory; the first half once per step, as a sampler's batch shares its time. On a CPU the convolutions' weights
-are brought once into the order that oneDNN works in, and not in every call. `UNet.forward` is the definition.
+are brought once into the order in which they are read, and not in every call. `UNet.forward` is the definition.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm_sg.model.attention import Attention
 from ldm_sg.model.blocks import ResBlock
+from ldm_sg.model.convolution import PackedConv
 from ldm_sg.model.unet import UNet
 
 
@@ -31,33 +32,7 @@ class FoldedLinear(nn.Module):
         return F.linear(t, self.weight) + self.constant
 
 
-class PackedConv(nn.Module):
-    """A float32 convolution on a CPU whose weights are packed at the first input of a shape; it has no gradient.
-
-    Source: torch._inductor's freezing, which calls the same two functions of torch.
-    """
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__()
-        self.conv = conv
-        self.shape: torch.Size | None = None
-        self.packed: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        conv = self.conv
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-            return conv(x)  # torch.compile packs by itself, and cannot trace the packing
-        where = ([*conv.padding], [*conv.stride], [*conv.dilation], conv.groups)
-        if x.shape != self.shape:
-            self.shape = x.shape
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *where, [*x.shape])
-        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, conv.bias, *where, "none", [], "")
-
-
 def _pack_convolutions(network: nn.Module) -> None:
-    """Replace those that torch can pack."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")):
-        return
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Conv2d) and child.weight.is_cpu and child.weight.dtype == torch.float32:

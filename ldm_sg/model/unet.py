@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm_sg.model.attention import Attention
 from ldm_sg.model.blocks import ResBlock, Stage, time_features
+from ldm_sg.model.convolution import Conv3x3
 from ldm_sg.model.guidance import EMBED_WIDTH, GuidanceTokens, guidance_embedding
 from ldm_sg.model.init import zeroed
 from ldm_sg.model.norm import GroupNorm
@@ -71,7 +72,7 @@ class UNet(nn.Module):
             return Stage(block(c_in, c_out, resample=resample), attend(c_out) if here else None)
 
         width, factor = base * multipliers[0], 1
-        self.conv_in = nn.Conv2d(channels + spatial_channels, width, 3, padding=1)
+        self.conv_in = Conv3x3(channels + spatial_channels, width)
         self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [width]
         for level, multiplier in enumerate(multipliers):
             for _ in range(num_blocks):
@@ -95,7 +96,7 @@ class UNet(nn.Module):
                 factor //= 2
 
         self.norm_out = GroupNorm(width, groups=norm_groups)
-        self.conv_out = zeroed(nn.Conv2d(width, channels, 3, padding=1))
+        self.conv_out = zeroed(Conv3x3(width, channels))
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, spatial: Tensor | None = None) -> Tensor:
         """Run the network.

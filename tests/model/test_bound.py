@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_sg.model import BoundUNet, UNet, one_hot
+from ldm_sg.model import BoundUNet, UNet, convolution, one_hot
 
 K, B = 5, 3
 
@@ -69,13 +69,9 @@ def test_weights_are_shared_and_the_network_is_left_alone() -> None:
         assert not torch.equal(bound(x, time), before)
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch packs weights with oneDNN")
 def test_weights_are_packed_once_per_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, packed = noisy(), []
-    pack = torch.ops.mkldnn._reorder_convolution_weight
-    monkeypatch.setattr(
-        torch.ops.mkldnn, "_reorder_convolution_weight", lambda *given: (packed.append(given), pack(*given))[1]
-    )
+    network, made, pack = noisy(), [], convolution.packed
+    monkeypatch.setattr(convolution, "packed", lambda *given: (made.append(given), pack(*given))[1])
     x, time, _ = draw()
     convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in network.modules())
     bound = BoundUNet(network)
@@ -83,7 +79,7 @@ def test_weights_are_packed_once_per_shape(monkeypatch: pytest.MonkeyPatch) -> N
         for rows in (B, B, 1, 1):
             expected = network(x[:rows], time[:rows])
             assert float((bound(x[:rows], time[:rows]) - expected).abs().max() / expected.abs().max()) < 1e-5
-    assert len(packed) == 2 * convolutions
+    assert len(made) == 2 * convolutions
 
 
 def test_gradients_pass() -> None:
