@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -71,25 +69,3 @@ def describe(device: torch.device) -> str:
     return (
         f"{torch.get_num_threads()} threads on {name or platform.machine()} ({', '.join(units) or 'no vector units'})"
     )
-
-
-def probe_seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """Time a small convolution, forward and backward, as training does it: the unit of expected times.
-
-    Args:
-        dtype: of the network's arithmetic.
-        device: where it runs.
-    Returns:
-        Median seconds of one pass.
-    """
-    conv = torch.nn.Conv2d(96, 96, 3, padding=1).to(device, memory_format=torch.channels_last)
-    x = torch.randn(32, 96, 8, 8, device=device).contiguous(memory_format=torch.channels_last).requires_grad_(True)
-    seconds = []
-    for _ in range(15):
-        began = time.perf_counter()
-        with autocast(device, dtype):
-            conv(x).sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[5:])

@@ -8,13 +8,17 @@ from __future__ import annotations
 import argparse
 import resource
 import shlex
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import torch
+
 from ldm_sg import cli
-from ldm_sg.hardware import choose_device, choose_dtype, describe, probe_seconds
+from ldm_sg.hardware import autocast, choose_device, choose_dtype, describe
+from ldm_sg.model.convolution import Conv3x3
 from ldm_sg.train.progress import duration
 
 RUN = "elpv-elpv"
@@ -48,6 +52,28 @@ def main(args: argparse.Namespace) -> None:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"{duration(time.perf_counter() - began):>12}  in all, on {describe(device)}; largest process {peak:.1f} GiB")
     print(f"\nlook at {Path('runs') / RUN / 'report.html'}")
+
+
+def probe_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """Time a small convolution, forward and backward, as training does it: the unit of expected times.
+
+    Args:
+        dtype: of the network's arithmetic.
+        device: where it runs.
+    Returns:
+        Median seconds of one pass.
+    """
+    conv = Conv3x3(96, 96).to(device, memory_format=torch.channels_last)
+    x = torch.randn(32, 96, 8, 8, device=device).contiguous(memory_format=torch.channels_last).requires_grad_(True)
+    seconds = []
+    for _ in range(15):
+        began = time.perf_counter()
+        with autocast(device, dtype):
+            conv(x).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[5:])
 
 
 if __name__ == "__main__":
