@@ -24,6 +24,7 @@ CHOICES = {
     "diffusion.schedule": ("linear", "scaled_linear", "cosine", "edm"),
     "diffusion.loss": ("l2", "l1"),
     "train.lr_decay": ("none", "cosine"),
+    "train.optimizer": ("adamw", "muon"),
     "train.precision": ("auto", "fp32", "bf16"),
     "sample.sampler": ("ddim", "ddpm", "heun", "dpm++2m"),
 }
@@ -126,6 +127,7 @@ class TrainConfig:
 
     steps: int = 600_000
     batch_size: int = 48  # over all processes
+    optimizer: str = "adamw"  # muon for the hidden convolutions
     lr: float = 5e-5  # absolute: never scaled by batch or processes
     warmup_steps: int = 500
     lr_decay: str = "none"

@@ -16,6 +16,7 @@ from ldm_sg.model.compvis import averaged_name, convert, settings_of
 from ldm_sg.train.checkpoint import save_checkpoint
 from ldm_sg.train.ema import EMA
 from ldm_sg.train.network import build_network, build_run_schedule, network_settings
+from ldm_sg.train.optimizer import build_optimizer
 from ldm_sg.train.run import Run, StoreFacts, complete_folder, open_run, write_run
 from ldm_sg.weights import hash_weights, read_checkpoint, refuse_nonfinite
 
@@ -111,7 +112,7 @@ def import_checkpoint(file: Path, config: Config, path: Path) -> Run:
     ema = EMA(network, config.train.ema_decay)
     ema.network.load_state_dict(convert(parts.average or parts.network, network))
     ema.updates = parts.updates
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.train.lr)
+    optimizer = build_optimizer(network, config.train)
     path.parent.mkdir(parents=True, exist_ok=True)
     with complete_folder(path) as partial:
         write_run(partial, config, facts, autoencoder=autoencoder.tensors(), features={})

@@ -26,6 +26,7 @@ from ldm_sg.train.distributed import Processes
 from ldm_sg.train.ema import EMA
 from ldm_sg.train.guidance import Guidance
 from ldm_sg.train.network import build_network, build_run_schedule, network_settings
+from ldm_sg.train.optimizer import build_optimizer
 from ldm_sg.train.order import batch_rows
 from ldm_sg.train.progress import Progress
 from ldm_sg.train.run import Run
@@ -117,9 +118,7 @@ class Trainer:
         network = build_network(run.config.model, run.facts)
         self.network = network.to(processes.device, memory_format=torch.channels_last)
         self.ema = EMA(self.network, self.config.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True
-        )
+        self.optimizer = build_optimizer(self.network, self.config)
         latest = run.latest()
         self.settings, self.step_done = network_settings(run.config.model, run.facts), 0
         if latest:
