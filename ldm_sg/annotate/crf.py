@@ -39,7 +39,8 @@ class CRFOptions:
 def check_cells(cells: int) -> None:
     """Refuse maps with too many pairs of cells: ValueError."""
     if cells > MAX_CELLS:
-        raise ValueError(f"got masks of {cells}x{cells} for --mask-crf, expected at most {MAX_CELLS}x{MAX_CELLS}")
+        most = f"{MAX_CELLS}x{MAX_CELLS}: give a smaller --size, or leave --mask-crf out"
+        raise ValueError(f"got masks of {cells}x{cells} for --mask-crf, expected at most {most}")
 
 
 def dense_crf(logits: Tensor, image: Tensor, options: CRFOptions | None = None) -> Tensor:

@@ -86,8 +86,8 @@ def crop_whole(squeezed: np.ndarray, size: Sequence[int], region: Region, size_p
     Returns:
         (S, S, 3) uint8, nearly what `crop_resize` makes of the image and the region: it is resampled twice.
     """
-    (left, top, width, height), (x, y) = region, (len(squeezed) / side for side in size)
-    box = (left * x, top * y, (left + width) * x, (top + height) * y)
+    (left, top, width, height), (w, h), p = region, size, len(squeezed)
+    box = (left * p / w, top * p / h, (left + width) * p / w, (top + height) * p / h)
     resized = Image.fromarray(squeezed).resize((size_px, size_px), Image.Resampling.BICUBIC, box)
     return np.array(resized)  # (S, S, 3)
 
