@@ -56,7 +56,7 @@ class AnnotateConfig:
 
     dataset: str = "elpv"  # a name of ldm_sg.data.DATASETS, a path, or a URL
     size_px: int = 256  # side of the square that images are cropped and resized to
-    crop: str = "center"  # or random: a square of 80 to 95 % of the short side, drawn once for each image by its key
+    crop: str = "center"  # or random: a square of 80 to 95 % of the short side; with identity another in every epoch
     autoencoder: str = "patch-pca"  # or identity, kl-f8, taesd; kl-f8=<file, folder or repository> names the weights
     patch_px: int = 16  # patch-pca: side of a patch, also the downsampling factor
     latent_channels: int = 16  # patch-pca: components kept per patch
@@ -71,6 +71,7 @@ class AnnotateConfig:
     shard_rows: int = 1024  # images per shard: what a killed annotation loses at most
     batch_size: int = 32  # images decoded and encoded at once
     mask_steps: int = 5000  # masks: of STEGO's training
+    mask_crf: bool = False  # masks: a dense conditional random field over each, under its image
 
 
 @dataclass

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ldm_sg.annotate import annotate
 from ldm_sg.config import AnnotateConfig, Config, load_config
-from ldm_sg.data import open_source
+from ldm_sg.data import Annotation, FolderSource, SceneSource, open_source
 from ldm_sg.store import Store
 from ldm_sg.train import Run, resume_or_create, start_processes, train
 
@@ -105,6 +105,31 @@ def scene_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     for kind in ("boxes", "masks"):
         config = annotate_config(images, clusters=[2], patch_px=8, kind=kind, mask_steps=20)
         store = annotate(config, open_source(str(images)), folder / "store", quiet=True)
+    return store
+
+
+@pytest.fixture(scope="session")
+def painted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SceneSource]:
+    """Six images of 120 x 90 px, that show what is drawn: dark ground, a grey ball, and a light box that has a box."""
+    folder, truths = tmp_path_factory.mktemp("painted"), {}
+    for i in range(6):
+        rng = np.random.default_rng(i)
+        y, x = np.mgrid[:90, :120]
+        x0, y0 = (int(v) for v in rng.integers(5, 45, 2))
+        mask = np.where(np.hypot(x - rng.integers(120), y - rng.integers(90)) < 25, 1, 0).astype(np.uint8)
+        mask[y0 : y0 + 40, x0 : x0 + 50] = 2
+        Image.fromarray(np.repeat(mask[..., None] * 100, 3, 2)).save(folder / f"{i}.png")
+        truths[f"{i}.png"] = Annotation(np.array([[x0, y0, x0 + 50, y0 + 40]], np.float32), np.array([2]), mask)
+    return folder, SceneSource(FolderSource(folder), truths.__getitem__, ["ground", "ball", "box"])
+
+
+@pytest.fixture(scope="session")
+def whole_store(painted: tuple[Path, SceneSource], tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The painted images, whole, for crops of 64 px, with true boxes and masks; tests must not change it."""
+    (images, source), folder = painted, tmp_path_factory.mktemp("whole") / "store"
+    for kind in ("true-boxes", "true-masks"):
+        changes = {"clusters": [2], "autoencoder": "identity", "crop": "random", "kind": kind}
+        store = annotate(annotate_config(images, **changes), source, folder, quiet=True)
     return store
 
 

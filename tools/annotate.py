@@ -19,9 +19,8 @@ from ldm_sg import cli
 from ldm_sg.annotate import annotate, summary
 from ldm_sg.annotate.columns import KINDS_TEXT
 from ldm_sg.annotate.features import FEATURES
-from ldm_sg.config import AnnotateConfig, check, config_path, load_config
+from ldm_sg.config import CHOICES, AnnotateConfig, check, config_path, load_config
 from ldm_sg.data import DATASETS, open_source
-from ldm_sg.data.crop import CROPS
 from ldm_sg.store import LEASE_S
 
 STORES = Path("stores")
@@ -40,6 +39,9 @@ def arguments() -> argparse.Namespace:
         help="number of clusters, of images or for masks of pixels; several make several columns",
     )
     made.add_argument("--kind", help=f"what the column holds: {KINDS_TEXT}; default clusters")
+    made.add_argument(
+        "--mask-crf", action="store_true", default=None, help="of masks: a dense CRF moves borders to the image's edges"
+    )
     made.add_argument("--column", help="name of the column; default k<K>, boxes-k<K>, masks<K>, ...")
     made.add_argument("--limit", type=int, metavar="N", help="use only the first N images")
     made.add_argument("--seed", type=int, help="of k-means; default 0")
@@ -50,7 +52,9 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--autoencoder", metavar="NAME", help="pixels to latents; default from the configuration")
     made.add_argument("--size", type=int, dest="size_px", metavar="PX", help="side of the cropped square; default 256")
     made.add_argument(
-        "--crop", choices=sorted(CROPS), help="of the short side, or a smaller square anywhere; default center"
+        "--crop",
+        choices=CHOICES["annotate.crop"],
+        help="of the short side, or a smaller square anywhere, with identity another in every epoch; default center",
     )
     made.add_argument("--max-bad", type=float, metavar="SHARE", help="share of unreadable images allowed; default 0.1")
     made.add_argument(
@@ -78,6 +82,7 @@ def configure(args: argparse.Namespace) -> AnnotateConfig:
         "autoencoder",
         "size_px",
         "crop",
+        "mask_crf",
         "max_bad",
     )
     for name in names:

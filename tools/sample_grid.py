@@ -79,12 +79,12 @@ def real_images(run: Run) -> RealImages | None:
         return None
 
 
-def list_clusters(run: Run) -> None:
+def list_clusters(run: Run, out: Path | None) -> None:
     """Print the clusters and draw their contact sheet."""
     for cluster, size in enumerate(run.facts.histogram):
         print(f"cluster {cluster:4d}  {size:6d} images")
-    path = run.path / "samples" / "contact_sheet.png"
-    path.parent.mkdir(exist_ok=True)
+    path = out or run.path / "samples" / "contact_sheet.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(run, RealImages(run)).save(path)
     print(path)
 
@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out and args.out.suffix.lower() != ".png":
         raise ValueError(f"got --out {args.out}, expected a name that ends in .png")
     if args.list:
-        return list_clusters(run)
+        return list_clusters(run, args.out)
     given = {k: v for k in ("n", "scale", "steps", "seed", "sampler") if (v := getattr(args, k)) is not None}
     if args.guidance_interval:
         given["guidance_interval"] = args.guidance_interval

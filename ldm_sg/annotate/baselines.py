@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ldm_sg.data.crop import Square
+from ldm_sg.data.crop import Region
 from ldm_sg.data.masks import crop_index_map, rasterise_boxes
 
 
@@ -33,33 +33,33 @@ def multi_hot_labels(classes: Sequence[Iterable[int]], num_classes: int) -> np.n
     return labels
 
 
-def box_masks(boxes: Sequence[np.ndarray], squares: Sequence[Square], cells: int) -> np.ndarray:
+def box_masks(boxes: Sequence[np.ndarray], regions: Sequence[Region], cells: int) -> np.ndarray:
     """Draw all boxes of each image into one mask.
 
     Args:
         boxes: of N images, (n, 4) each: x0, y0, x1, y1 in original pixels, the ends exclusive; n may be 0.
-        squares: N that the images are cropped to.
+        regions: N that the images are cropped to.
         cells: h = w, the latents' side.
     Returns:
         (N, 1, h, w) uint8, 1 inside any box that the crop left.
     """
     masks = np.zeros((len(boxes), 1, cells, cells), np.uint8)
-    for mask, of_image, square in zip(masks, boxes, squares, strict=True):
+    for mask, of_image, region in zip(masks, boxes, regions, strict=True):
         if len(of_image):
-            mask[:] = rasterise_boxes(of_image, [square] * len(of_image), cells).max(0)
+            mask[:] = rasterise_boxes(of_image, [region] * len(of_image), cells).max(0)
     return masks
 
 
-def class_masks(maps: Iterable[tuple[np.ndarray, Square]], cells: int) -> np.ndarray:
+def class_masks(maps: Iterable[tuple[np.ndarray, Region]], cells: int) -> np.ndarray:
     """Crop and shrink drawn class maps.
 
     Args:
         maps: of N images, (H, W) uint8 each, the size of the original image, `VOID` where there is no class; and the
-            square that the image is cropped to.
+            region that the image is cropped to.
         cells: h = w, the latents' side.
     Returns:
         (N, h, w) uint8 index maps.
     """
-    return np.array([crop_index_map(index, square, cells) for index, square in maps], np.uint8).reshape(
+    return np.array([crop_index_map(index, region, cells) for index, region in maps], np.uint8).reshape(
         -1, cells, cells
     )

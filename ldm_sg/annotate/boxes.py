@@ -124,9 +124,9 @@ def to_original_pixels(boxes: np.ndarray, patch_px: int, sizes: np.ndarray, crop
     """
     pixels = boxes * patch_px
     if crop_px is not None:
-        squares = np.array([center_square(int(width), int(height)) for width, height in sizes]).reshape(-1, 3)
+        squares = np.array([center_square(int(width), int(height)) for width, height in sizes]).reshape(-1, 4)
         corners = np.tile(squares[:, :2], 2)  # (B, 4) left, top, left, top
-        pixels = np.rint(corners + np.minimum(pixels, crop_px) * squares[:, 2:] / crop_px)
+        pixels = np.rint(corners + np.minimum(pixels, crop_px) * squares[:, 2:3] / crop_px)
     return np.minimum(pixels, np.tile(sizes, 2)).astype(np.int32)
 
 
@@ -151,13 +151,13 @@ class BoxAnnotator:
 
         Args:
             batch: "attention_keys" (b, h, w, D) tensor and "size" (b, 2) original width and height, among others;
-                perhaps "shown" (b, 2), the size at which the network saw the originals, and "square", b squares that
-                the originals are cropped to, by default the centred ones.
+                perhaps "shown" (b, 2), the size at which the network saw the originals, and "region", b regions that
+                the originals are cropped to, by default the centred squares.
         Returns:
             The batch with "box" (b, 4) int32 in original pixels and "box_mask" (b, 1, cells, cells) uint8.
         """
         found, shown = discover_objects(batch["attention_keys"], self.num_candidates), batch.get("shown", batch["size"])
         box = to_original_pixels(found.boxes.cpu().numpy(), self.patch_px, shown, self.crop_px)
         box = np.rint(box * np.tile(batch["size"] / shown, 2)).astype(np.int32)
-        squares = batch.get("square") or [center_square(int(w), int(h)) for w, h in batch["size"]]
-        return {**batch, "box": box, "box_mask": rasterise_boxes(box, squares, self.cells)}
+        regions = batch.get("region") or [center_square(int(w), int(h)) for w, h in batch["size"]]
+        return {**batch, "box": box, "box_mask": rasterise_boxes(box, regions, self.cells)}

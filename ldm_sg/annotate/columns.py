@@ -1,27 +1,28 @@
 """Columns beside the clusters: boxes, masks, shuffled clusters, ground truth. Shards are read here and never written.
 
-A spatial column holds index maps as small as the latents: at each place the channel of the mask that is 1 there, or
-`VOID`. A box is a map of one channel. `provenance["label"]` names the column with the image-level guidance that goes
-with the maps (Eq. 8); without one it is pooled from them (Eq. 9).
+A spatial column holds index maps of the latents' size, or of that of the whole images that rows hold instead: at each
+place the channel of the mask that is 1 there, or `VOID`. A box is a map of one channel. `provenance["label"]` names the
+column with the image-level guidance that goes with the maps (Eq. 8); without one it is pooled from them (Eq. 9).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ldm_sg.annotate.baselines import box_masks, class_masks, multi_hot_labels
 from ldm_sg.annotate.boxes import NUM_CANDIDATES
+from ldm_sg.annotate.crf import CRFOptions
 from ldm_sg.annotate.job import Job
 from ldm_sg.annotate.masks import StegoOptions
 from ldm_sg.annotate.noise import shuffle_clusters
-from ldm_sg.annotate.spatial import LONGEST_PX, find_boxes, find_masks, image_squares
+from ldm_sg.annotate.spatial import LONGEST_PX, find_boxes, find_masks, image_regions, region_of
 from ldm_sg.config import AnnotateConfig
-from ldm_sg.data.crop import CROPS, Square
+from ldm_sg.data.crop import Region
 from ldm_sg.data.masks import VOID
 from ldm_sg.data.scenes import Annotation
 from ldm_sg.data.sources import ImageSource
@@ -169,7 +170,7 @@ def plan_boxes(job: Job, kind: Kind) -> Plan:
     }
 
     def make(store: Store) -> Made:
-        boxes, masks = find_boxes(job, store, cells_of(store))
+        boxes, masks = find_boxes(job, store, store.map_cells)
         return Made(masks, count_cells(masks, 1), {"box": boxes})
 
     return "mask", provenance, make
@@ -186,10 +187,11 @@ def plan_masks(job: Job, kind: Kind) -> Plan:
         "features": read_manifest(job.writer.folder)["assets"]["features"]["sha256"],
         "steps": options.steps,
         "balance": list(options.balance),
+        **({"crf": asdict(CRFOptions())} if job.config.mask_crf else {}),
     }
 
     def make(store: Store) -> Made:
-        masks, tensors = find_masks(job, store, cells_of(store), k, options)
+        masks, tensors = find_masks(job, store, store.map_cells, k, options)
         return Made(masks, count_cells(masks, k), tensors=tensors)
 
     return "mask", provenance, make
@@ -238,9 +240,9 @@ def plan_true_boxes(job: Job, kind: Kind) -> Plan:
     names = job.source.class_names
 
     def make(store: Store) -> Made:
-        squares = image_squares(job, store)
+        regions = image_regions(job, store)
         boxes = [truth.boxes for truth in truths(job, store)]
-        masks = np.where(box_masks(boxes, squares, cells_of(store))[:, 0] == 1, 0, VOID).astype(np.uint8)
+        masks = np.where(box_masks(boxes, regions, store.map_cells)[:, 0] == 1, 0, VOID).astype(np.uint8)
         return Made(masks, count_cells(masks, 1))
 
     return "mask", {**true_provenance(names, 1), "label": TRUE_LABELS}, make
@@ -252,7 +254,7 @@ def plan_true_masks(job: Job, kind: Kind) -> Plan:
 
     def make(store: Store) -> Made:
         drawn = (drawn_mask(job, key, truth) for key, truth in zip(store.keys, truths(job, store)))
-        masks = class_masks(drawn, cells_of(store))
+        masks = class_masks(drawn, store.map_cells)
         return Made(masks, count_cells(masks, len(names)))
 
     return "mask", true_provenance(names, len(names)), make
@@ -266,11 +268,6 @@ PLANS: dict[str, Callable[[Job, Kind], Plan]] = {
     "true-boxes": plan_true_boxes,
     "true-masks": plan_true_masks,
 }
-
-
-def cells_of(store: Store) -> int:
-    """Give the latents' side."""
-    return int(store.manifest["schema"]["latent"]["shape"][-1])
 
 
 def count_cells(masks: np.ndarray, channels: int) -> dict[str, Any]:
@@ -301,8 +298,8 @@ def classes_in(truth: Annotation) -> list[int]:
     return [int(c) for c in np.unique(truth.mask) if c != VOID]
 
 
-def drawn_mask(job: Job, key: str, truth: Annotation) -> tuple[np.ndarray, Square]:
-    """Give the class map of an image and the square that it is cropped to; ValueError where the data set has none."""
+def drawn_mask(job: Job, key: str, truth: Annotation) -> tuple[np.ndarray, Region]:
+    """Give the class map of an image and the region that it is cropped to; ValueError where the data set has none."""
     if truth.mask is None:
         raise ValueError(f"{key} has no drawn mask: expected a data set with masks, such as voc12 or cocostuff27")
-    return truth.mask, CROPS[job.config.crop](*truth.mask.shape[::-1], key)
+    return truth.mask, region_of(job, *truth.mask.shape[::-1], key)

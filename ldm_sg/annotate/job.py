@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from ldm_sg.config import AnnotateConfig
-from ldm_sg.data import ImageSource, batches, to_model_range
+from ldm_sg.data import ImageBatch, ImageSource, batches, to_model_range
+from ldm_sg.data.crop import crop_whole, random_square
 from ldm_sg.hardware import decode_threads
 from ldm_sg.store import Leases, StoreWriter
 from ldm_sg.store.manifest import latest_generation
@@ -26,7 +28,26 @@ from ldm_sg.store.manifest import latest_generation
 WORKERS = decode_threads()
 POLL_S = 0.2  # between two looks at what other processes have finished
 
+WHOLE_PER_SIDE = 2  # whole images are kept so much larger than the crops of them: a crop is up to 1.25 times smaller
+
 Batches = Iterator[dict[str, Any]]
+
+
+class Cut(NamedTuple):
+    """What images are cut to: `crop`, a key of `CROPS`, then a square of `size_px`."""
+
+    crop: str
+    size_px: int
+
+
+def keeps_whole(config: AnnotateConfig) -> bool:
+    """Say whether rows hold whole images, of which training draws another crop in every epoch, in place of latents."""
+    return config.autoencoder == "identity" and config.crop == "random"
+
+
+def map_cut(config: AnnotateConfig) -> Cut:
+    """Say what rows and the maps beside them show of an image."""
+    return Cut("whole", WHOLE_PER_SIDE * config.size_px) if keeps_whole(config) else Cut(config.crop, config.size_px)
 
 
 @dataclass(frozen=True)
@@ -70,7 +91,7 @@ class Job:
         return latest_generation(self.writer.folder) > 0
 
     def stream(self, keys: list[str], stage: str) -> Batches:
-        """Stream images in batches with a progress bar of their own: "keys", "x" (b, 3, S, S) in [-1, 1], "bad"."""
+        """Stream the batches of `data.batches` with their `model_input` as "x", under a progress bar of their own."""
         with self.bar(stage, len(keys)) as bar:
             yield from self._stream(keys, bar)
 
@@ -127,13 +148,37 @@ class Job:
                 time.sleep(POLL_S)
 
     def _stream(self, keys: list[str], bar: tqdm) -> Batches:
-        for batch in batches(self.source, keys, self.config.size_px, self.config.batch_size, WORKERS, self.config.crop):
-            yield {**batch, "x": to_model_range(batch["image"])}
+        crop, size_px = map_cut(self.config)
+        for batch in batches(self.source, keys, size_px, self.config.batch_size, WORKERS, crop):
+            yield {**batch, "x": model_input(batch, self.config)}
             bar.update(len(batch["keys"]) + len(batch["bad"]))
 
     def bar(self, stage: str, total: int, unit: str = "images") -> tqdm:
         """Show how far a stage is."""
         return tqdm(total=total, desc=stage, unit=f" {unit}", disable=self.quiet)
+
+
+def model_input(batch: ImageBatch, config: AnnotateConfig) -> torch.Tensor:
+    """Give what networks see of a batch: the crop that the key draws, where the batch has whole images.
+
+    Args:
+        batch: of images cut by `map_cut`.
+        config: the `annotate` section.
+    Returns:
+        (b, 3, S, S) in [-1, 1], S being `size_px`.
+    """
+    images = batch["image"]
+    if keeps_whole(config):
+        images = cut_whole(batch["keys"], images, batch["size"], config.size_px)
+    return to_model_range(images)
+
+
+def cut_whole(keys: list[str], images: np.ndarray, sizes: np.ndarray, size_px: int) -> np.ndarray:
+    """Cut the squares that their keys draw out of n >= 0 whole images, (n, P, P, 3) -> (n, S, S, 3) uint8."""
+    cut = np.empty((len(keys), size_px, size_px, 3), np.uint8)
+    for i, (key, image, (width, height)) in enumerate(zip(keys, images, sizes, strict=True)):
+        cut[i] = crop_whole(image, (width, height), random_square(int(width), int(height), key), size_px)
+    return cut
 
 
 @contextmanager

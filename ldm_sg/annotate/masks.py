@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_sg.annotate import crf
 from ldm_sg.annotate.kmeans import fit_kmeans
 from ldm_sg.data.masks import MAX_CLASSES
 
@@ -24,6 +25,7 @@ CODE_WIDTH = 70
 CHUNK_ROWS = 4_096  # images compared with all others at once
 CODES_PER_IMAGE, CODES_PER_CLUSTER = 16, 512  # a sample for the probe's start; small data sets give fewer
 PROBE_SHARE = 0.1  # steps of the probe, of those of the head
+SHARPNESS = 2.0  # of the cosines that the conditional random field takes for logits
 Dense = Callable[[np.ndarray], Tensor]  # ids (b,) of images -> their features (b, h, w, D), on the device to train on
 
 
@@ -265,22 +267,29 @@ class Segmenter:
     centroids: Tensor
 
     @torch.inference_mode()
-    def __call__(self, dense: Tensor, cells: int, mirrored: Tensor | None = None) -> Tensor:
-        """Segment images; no conditional random field is run over the result.
+    def __call__(
+        self, dense: Tensor, cells: int, mirrored: Tensor | None = None, images: Tensor | None = None
+    ) -> Tensor:
+        """Segment images.
 
         Args:
             dense: (B, h, w, D).
             cells: side of the masks.
             mirrored: (B, h, w, D) of the mirror images, averaged in where given.
+            images: (B, 3, S, S) in [-1, 1]; where given, a conditional random field refines the masks under them.
         Returns:
             (B, cells, cells) uint8 index maps in [0, K).
-        Source: STEGO's code: codes are averaged over the flip and resized before the nearest centroid is taken.
+        Source: STEGO's code: codes are averaged over the flip and resized before the nearest centroid is taken, or
+            the field gets twice their cosines as logits.
         """
         codes = self.head(dense.float())
         if mirrored is not None:
             codes = (codes + self.head(mirrored.float()).flip(2)) / 2
         resized = F.interpolate(codes.permute(0, 3, 1, 2), (cells, cells), mode="bilinear", align_corners=False)
-        return torch.einsum("bdhw,kd->bkhw", resized, self.centroids).argmax(1).to(torch.uint8)
+        scores = torch.einsum("bdhw,kd->bkhw", F.normalize(resized, dim=1), self.centroids)
+        if images is not None:
+            scores = crf.refine(SHARPNESS * scores, images)
+        return scores.argmax(1).to(torch.uint8)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The weights, for a store to keep."""

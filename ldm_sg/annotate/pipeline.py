@@ -19,14 +19,14 @@ import torch
 
 from ldm_sg.annotate.columns import add_column, check_source, cluster_column, parse_kind
 from ldm_sg.annotate.fitting import Encoders, clear_fit, fit_encoders, sample_rows
-from ldm_sg.annotate.job import Batches, Job, one_thread
+from ldm_sg.annotate.job import Batches, Job, cut_whole, keeps_whole, map_cut, one_thread
 from ldm_sg.annotate.kmeans import engine, fit_kmeans, settings
 from ldm_sg.annotate.projection import Projection, feature_moments, fit_projection, normalisation
 from ldm_sg.annotate.quality import normalised_mutual_information
 from ldm_sg.annotate.rows import ProjectedRows
 from ldm_sg.annotate.views import LATENT_NOISE, crop_views, decoded_views
 from ldm_sg.config import AnnotateConfig
-from ldm_sg.data import ImageSource
+from ldm_sg.data import ImageSource, to_model_range
 from ldm_sg.store import LEASE_S, Leases, Store, StoreWriter, has_column, hash_config, write_asset, write_column
 from ldm_sg.store.manifest import latest_generation, read_manifest
 
@@ -77,6 +77,7 @@ def job_definition(config: AnnotateConfig, source: ImageSource, keys: list[str])
         "dataset": source.name,
         **{name: getattr(config, name) for name in names},
         **({"crop": config.crop} if config.crop != "center" else {}),  # stores made before there was a choice go on
+        **({"rows": map_cut(config)} if keeps_whole(config) else {}),
     }
 
 
@@ -89,13 +90,13 @@ def make_rows(job: Job) -> None:
 
 
 def encode_shard(job: Job, index: int, batches: Batches, encoders: Encoders) -> None:
-    """Write a shard: moments of each image and of its mirror image, and raw features."""
+    """Write a shard: moments of each image and of its mirror image, or the whole images; and raw features."""
     rows, bad = [], []
     for batch in batches:
-        rows.append(encode_batch(batch, encoders))
+        rows.append(whole_batch(batch, encoders) if keeps_whole(job.config) else encode_batch(batch, encoders))
         bad += batch["bad"]
-    names = [key for row in rows for key in row["keys"]]
-    tensors = {name: np.concatenate([row[name] for row in rows]) for name in ("latent", "feature")}
+    names = [key for row in rows for key in row.pop("keys")]
+    tensors = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     job.writer.write_shard(index, names, tensors, bad)
 
 
@@ -113,6 +114,21 @@ def encode_batch(batch: dict[str, Any], encoders: Encoders) -> dict[str, Any]:
     moments = torch.stack([encoders.autoencoder.encode(x), encoders.autoencoder.encode(x.flip(3))], dim=1)
     features = encoders.features.extract(x)
     return {"keys": batch["keys"], "latent": moments.half().numpy(), "feature": features.half().numpy()}
+
+
+@torch.inference_mode()
+def whole_batch(batch: dict[str, Any], encoders: Encoders) -> dict[str, Any]:
+    """Keep a batch for crops that are drawn later.
+
+    Args:
+        batch: "keys" (b strings), "image" (b, P, P, 3) uint8 of whole images, "size" (b, 2) of the originals, and "x"
+            (b, 3, S, S) in [-1, 1], one crop of each.
+        encoders: fitted.
+    Returns:
+        "keys", "image", "size" as they are, "feature" (b, D) float16 of "x".
+    """
+    kept = {name: batch[name] for name in ("keys", "image", "size")}
+    return {**kept, "feature": encoders.features.extract(batch["x"]).half().numpy()}
 
 
 def commit_rows(job: Job, encoders: Encoders) -> None:
@@ -133,7 +149,7 @@ def commit_rows(job: Job, encoders: Encoders) -> None:
             f"{writer.quarantine_path} lists, or allow more with --max-bad (the shards in {writer.folder} are kept)"
         )
     _check_count(num_rows, config)
-    mean, std = latent_statistics(_shards_of(writer, num_shards, "latent"), encoders.autoencoder.channels)
+    mean, std = latent_statistics(_latents(job), encoders.autoencoder.channels)
     if encoders.features.projected:
         moments = feature_moments(_shards_of(writer, num_shards, "feature"))
         projection = fit_projection(moments, *view_features(job, encoders, std))
@@ -215,7 +231,7 @@ def latent_statistics(shards: Iterable[np.ndarray], channels: int) -> tuple[np.n
     """Measure mean and deviation per channel over images, mirror images and positions.
 
     Args:
-        shards: (n, 2, C or 2C, h, w) moments each; with 2C the second half is the log variance.
+        shards: (n, 1 or 2, C or 2C, h, w) moments each; with 2C the second half is the log variance.
         channels: C.
     Returns:
         (C,) float64 mean and deviation of the latents. Sums are float64 per shard, combined in shard order.
@@ -286,6 +302,17 @@ def stored_projection(store: Store) -> Projection:
 
 def _shards_of(writer: StoreWriter, num_shards: int, name: str) -> Iterator[np.ndarray]:
     return (writer.read_shard(index)[1][name] for index in range(num_shards))
+
+
+def _latents(job: Job) -> Iterator[np.ndarray]:
+    """Give the moments of every shard's images, (n, 1 or 2, C or 2C, h, w); of whole images one crop each."""
+    for index in range(len(job.shards)):
+        keys, tensors = job.writer.read_shard(index)
+        if keeps_whole(job.config):
+            crops = cut_whole(keys, tensors["image"], tensors["size"], job.config.size_px)
+            yield to_model_range(crops).numpy()[:, None]
+        else:
+            yield tensors["latent"]
 
 
 def _check_count(images: int, config: AnnotateConfig) -> None:

@@ -1,7 +1,7 @@
 """Images of a store -> boxes (LOST) and masks (STEGO), with the patches' features of the store's own network.
 
-LOST looks at whole images in their own size, STEGO at the squares that the autoencoder sees, larger where the network
-was trained on larger ones. Both end as index maps of the latents' size under the crop that the latents went through.
+LOST looks at whole images in their own size, STEGO at the squares that rows are made of, larger where the network was
+trained on larger ones. Both end as index maps of the rows' size under the crop that the rows went through.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_sg.annotate.boxes import BoxAnnotator
+from ldm_sg.annotate.crf import check_cells
 from ldm_sg.annotate.fitting import stored_features
-from ldm_sg.annotate.job import WORKERS, Job, one_thread
+from ldm_sg.annotate.job import WORKERS, Job, map_cut, one_thread
 from ldm_sg.annotate.masks import Segmenter, StegoOptions, fit_masks
 from ldm_sg.data import BadImage, batches, decode_rgb, to_model_range
-from ldm_sg.data.crop import CROPS, Square
+from ldm_sg.data.crop import CROPS, Region
 from ldm_sg.data.masks import VOID
 from ldm_sg.hardware import choose_device
 from ldm_sg.store import Store
@@ -74,14 +75,19 @@ def read_image(job: Job, key: str) -> Image.Image:
         ) from error
 
 
-def image_squares(job: Job, store: Store) -> list[Square]:
-    """Find the squares that the images of all rows are cropped to; this reads the images, as it takes their sizes."""
+def image_regions(job: Job, store: Store) -> list[Region]:
+    """Find the regions that the images of all rows are cropped to; this reads the images, as it takes their sizes."""
     with job.bar("sizes", store.num_rows) as bar:
         found = []
         for key in store.keys:
-            found.append(CROPS[job.config.crop](*read_image(job, key).size, key))
+            found.append(region_of(job, *read_image(job, key).size, key))
             bar.update()
     return found
+
+
+def region_of(job: Job, width: int, height: int, key: str) -> Region:
+    """Give the region of an image that its row and its maps show."""
+    return CROPS[map_cut(job.config).crop](width, height, key)
 
 
 @one_thread()
@@ -92,7 +98,7 @@ def find_boxes(job: Job, store: Store, cells: int) -> tuple[np.ndarray, np.ndarr
     Args:
         job: whose images.
         store: whose rows and features.
-        cells: the latents' side.
+        cells: the maps' side.
     Returns:
         (N, 4) int32 boxes in pixels of the original images, all zero for an image whose patches are all the same, and
         (N, cells, cells) uint8 index maps, 0 inside the box.
@@ -110,8 +116,8 @@ def find_boxes(job: Job, store: Store, cells: int) -> tuple[np.ndarray, np.ndarr
             keys = extractor.keys(to_model_range(np.asarray(shown)[None]))
             if keys.any():
                 sizes = {"size": np.array([image.size]), "shown": np.array([shown.size])}
-                squares = [CROPS[job.config.crop](*image.size, key)]
-                found = stage({"attention_keys": keys, **sizes, "square": squares})
+                regions = [region_of(job, *image.size, key)]
+                found = stage({"attention_keys": keys, **sizes, "region": regions})
                 boxes[row], masks[row] = found["box"][0], np.where(found["box_mask"][0, 0], 0, VOID)
             bar.update()
     return boxes, masks
@@ -124,9 +130,9 @@ def find_masks(
     """Segment every image.
 
     Args:
-        job: whose images, and the seed.
+        job: whose images, the seed, and whether a conditional random field refines the masks.
         store: whose rows and features.
-        cells: the latents' side.
+        cells: the maps' side.
         num_clusters: K.
         options: of STEGO's training.
     Returns:
@@ -135,6 +141,8 @@ def find_masks(
     Source: paper appendix B.4; STEGO (annotate/masks.py).
     """
     extractor, device = dense_extractor(job, store), choose_device()
+    if job.config.mask_crf:
+        check_cells(cells)
     with tempfile.TemporaryFile(dir=job.work) as file:  # goes when the process does
         maps = keep_maps(job, store, extractor, file)
         centre = np.zeros(maps.shape[-1], np.float32) if extractor.centred else mean_of(maps)
@@ -144,19 +152,21 @@ def find_masks(
 
         with job.bar("train masks", options.steps, "steps") as bar:
             segmenter = fit_masks(dense, store.num_rows, num_clusters, job.config.seed, options, lambda _: bar.update())
-        stage, masks, row = MaskAnnotator(segmenter, cells), [], 0
+        stage, masks, row = MaskAnnotator(segmenter, cells, job.config.mask_crf), [], 0
         for _, x in squares(job, store, extractor, "masks"):
             mirrored = (extractor.dense(x.flip(3)) - torch.from_numpy(centre)).to(device)
-            masks.append(stage({"dense": dense(np.arange(row, row + len(x))), "dense_mirrored": mirrored})["mask"])
+            batch = {"x": x, "dense": dense(np.arange(row, row + len(x))), "dense_mirrored": mirrored}
+            masks.append(stage(batch)["mask"])
             row += len(x)
     return np.concatenate(masks), {**segmenter.tensors(), "centre": centre}
 
 
 def squares(job: Job, store: Store, extractor: DenseExtractor, stage: str) -> Iterator[tuple[list[str], Tensor]]:
     """Stream the rows' squares (b, 3, S, S) with their keys; S is a multiple of the patch."""
-    side = square_side(extractor, job.config.size_px)
+    crop, size_px = map_cut(job.config)
+    side = square_side(extractor, size_px)
     with job.bar(stage, store.num_rows) as bar:
-        for batch in batches(job.source, store.keys, side, job.config.batch_size, WORKERS, job.config.crop):
+        for batch in batches(job.source, store.keys, side, job.config.batch_size, WORKERS, crop):
             if batch["bad"]:
                 key, reason = batch["bad"][0]
                 raise ValueError(f"{key} can no longer be read ({reason}): restore it, or annotate into another --out")
@@ -194,21 +204,25 @@ class MaskAnnotator:
 
     Attributes:
         segmenter: trained.
-        cells: the latents' side.
+        cells: the maps' side.
+        crf: whether a conditional random field refines the masks.
     """
 
     segmenter: Segmenter
     cells: int
+    crf: bool = False
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Annotate a batch.
 
         Args:
-            batch: "dense" (b, h, w, D) tensor, perhaps "dense_mirrored" of the mirror images, among others.
+            batch: "dense" (b, h, w, D) tensor, perhaps "dense_mirrored" of the mirror images; with `crf` "x"
+                (b, 3, S, S) in [-1, 1]; among others.
         Returns:
             The batch with "mask" (b, cells, cells) uint8 index maps.
         """
-        masks = self.segmenter(batch["dense"], self.cells, batch.get("dense_mirrored"))
+        images = batch["x"] if self.crf else None
+        masks = self.segmenter(batch["dense"], self.cells, batch.get("dense_mirrored"), images)
         return {**batch, "mask": masks.cpu().numpy()}
 
 
@@ -237,8 +251,10 @@ class Segmentation:
         extractor: DenseExtractor = stored_features(about["features"], store)  # type: ignore[assignment]
         centre = torch.from_numpy(tensors["centre"].copy())
         segmenter = Segmenter.from_tensors({n: t for n, t in tensors.items() if n != "centre"})
-        stage = MaskAnnotator(segmenter, int(store.manifest["schema"]["latent"]["shape"][-1]))
-        return cls(extractor, stage, centre, square_side(extractor, about["size_px"]))
+        crf = "crf" in store.manifest["columns"][column]["provenance"]
+        stage = MaskAnnotator(segmenter, store.latent_shape[-1], crf)
+        side = square_side(extractor, store.map_cells if store.keeps_whole else about["size_px"])
+        return cls(extractor, stage, centre, side)
 
     @torch.inference_mode()
     def clusters(self, images: np.ndarray) -> np.ndarray:
@@ -256,5 +272,6 @@ class Segmentation:
             if x.shape[-1] != self.side:
                 x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True).clamp(-1, 1)
             dense = self.extractor.dense(x).half().float() - self.centre  # rounded, as `keep_maps` does
-            found.append(self.stage({"dense": dense, "dense_mirrored": self.extractor.dense(x.flip(3)) - self.centre}))
+            mirrored = self.extractor.dense(x.flip(3)) - self.centre
+            found.append(self.stage({"x": x, "dense": dense, "dense_mirrored": mirrored}))
         return np.concatenate([batch["mask"] for batch in found])

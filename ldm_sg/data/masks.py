@@ -11,46 +11,62 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_sg.data.crop import Square
+from ldm_sg.data.crop import Region
 
 VOID = 255  # no class here; the value that Pascal VOC and COCO-Stuff use
 MAX_CLASSES = 255  # 0 to 254, so that an index map is uint8
 
 
-def sampled_pixels(square: Square, cells: int) -> tuple[np.ndarray, np.ndarray]:
+def sampled_pixels(region: Region, cells: int) -> tuple[np.ndarray, np.ndarray]:
     """Find the pixels that the cells of a cropped and shrunk map take their values from.
 
     Args:
-        square: that the image is cropped to.
+        region: that the image is cropped to.
         cells: side of the map.
     Returns:
         (cells,) rows and (cells,) columns of the image: those under the cells' centres, as PIL's NEAREST takes them.
     """
-    left, top, side = square
-    offsets = (2 * np.arange(cells) + 1) * side // (2 * cells)
-    return top + offsets, left + offsets
+    left, top, width, height = region
+    centres = 2 * np.arange(cells) + 1
+    return top + centres * height // (2 * cells), left + centres * width // (2 * cells)
 
 
-def crop_index_map(index: np.ndarray, square: Square, cells: int) -> np.ndarray:
+def crop_index_map(index: np.ndarray, region: Region, cells: int) -> np.ndarray:
     """Crop and shrink an index map as its image is.
 
     Args:
         index: (H, W) integer, the size of the image.
-        square: that the image is cropped to.
+        region: that the image is cropped to.
         cells: side of the result.
     Returns:
         (cells, cells), same dtype; values are taken, never mixed.
     """
-    rows, columns = sampled_pixels(square, cells)
+    rows, columns = sampled_pixels(region, cells)
     return index[rows[:, None], columns]
 
 
-def rasterise_boxes(boxes: np.ndarray, squares: Sequence[Square], cells: int) -> np.ndarray:
+def crop_whole_map(squeezed: np.ndarray, size: Sequence[int], region: Region, cells: int) -> np.ndarray:
+    """Crop an index map of a whole image as its image is, by `crop.crop_whole`.
+
+    Args:
+        squeezed: (P, P) integer, what `crop_index_map` made of the whole image's.
+        size: width and height of the image.
+        region: of the image, in its pixels.
+        cells: side of the result.
+    Returns:
+        (cells, cells), same dtype: the values where the pixels under the cells' centres are.
+    """
+    (rows, columns), (width, height) = sampled_pixels(region, cells), size
+    row, column = ((2 * pixels + 1) * len(squeezed) // (2 * n) for pixels, n in ((rows, height), (columns, width)))
+    return squeezed[row[:, None], column]
+
+
+def rasterise_boxes(boxes: np.ndarray, regions: Sequence[Region], cells: int) -> np.ndarray:
     """Draw one filled box per image, cropped and shrunk as its image is.
 
     Args:
         boxes: (B, 4) x0, y0, x1, y1 in pixels of the original image, x1 and y1 exclusive.
-        squares: B that the images are cropped to.
+        regions: B that the images are cropped to.
         cells: h = w, the latents' side.
     Returns:
         (B, 1, h, w) uint8, 1 where a cell's centre is in the box; all zero, as without guidance, where the crop
@@ -58,8 +74,8 @@ def rasterise_boxes(boxes: np.ndarray, squares: Sequence[Square], cells: int) ->
     Source: paper section 3.2, "Self-boxed guidance": 1 inside the box, 0 outside.
     """
     masks = np.zeros((len(boxes), 1, cells, cells), np.uint8)
-    for mask, (x0, y0, x1, y1), square in zip(masks, boxes, squares, strict=True):
-        rows, columns = sampled_pixels(square, cells)
+    for mask, (x0, y0, x1, y1), region in zip(masks, boxes, regions, strict=True):
+        rows, columns = sampled_pixels(region, cells)
         mask[0] = ((y0 <= rows) & (rows < y1))[:, None] & (x0 <= columns) & (columns < x1)
     return masks
 

@@ -23,10 +23,12 @@ AHEAD_BATCHES = 2  # decoded or in decoding beyond the one that the consumer hol
 
 
 class ImageBatch(TypedDict):
-    """One batch: `image` (b, S, S, 3) uint8 follows `keys` (b); `bad` holds (key, reason) of the rest."""
+    """One batch: `image` (b, S, S, 3) uint8 follows `keys` (b), as does `size` (b, 2) int32, width and height of the
+    originals; `bad` holds (key, reason) of the rest."""
 
     keys: list[str]
     image: np.ndarray
+    size: np.ndarray
     bad: list[tuple[str, str]]
 
 
@@ -34,6 +36,7 @@ class _Loaded(NamedTuple):
     key: str
     image: np.ndarray | None  # (S, S, 3) uint8
     reason: str
+    size: tuple[int, int] = (0, 0)
 
 
 def load_images(
@@ -135,18 +138,20 @@ def _load(source: ImageSource, size_px: int, crop: str, key: str) -> _Loaded:
         return _Loaded(key, None, f"cannot read: {error.strerror or error}")
     try:
         image = decode_rgb(data)
-        return _Loaded(key, crop_resize(image, CROPS[crop](*image.size, key), size_px), "")
+        return _Loaded(key, crop_resize(image, CROPS[crop](*image.size, key), size_px), "", image.size)
     except BadImage as error:
         return _Loaded(key, None, str(error))
 
 
 def _collect(loaded: Iterable[_Loaded], size_px: int) -> ImageBatch:
-    keys, images, bad = [], [], []
-    for key, image, reason in loaded:
+    keys, images, sizes, bad = [], [], [], []
+    for key, image, reason, size in loaded:
         if image is None:
             bad.append((key, reason))
         else:
             keys.append(key)
             images.append(image)
+            sizes.append(size)
     empty = np.empty((0, size_px, size_px, 3), np.uint8)
-    return {"keys": keys, "image": np.stack(images) if images else empty, "bad": bad}
+    found = np.stack(images) if images else empty
+    return {"keys": keys, "image": found, "size": np.array(sizes, np.int32).reshape(-1, 2), "bad": bad}

@@ -16,7 +16,7 @@ from ldm_sg.sample.kept import Kept
 from ldm_sg.sample.requests import Mix, Request, as_mix, cluster_requests, describe, histogram_requests
 from ldm_sg.sample.sampler import Sampler
 from ldm_sg.store import Store
-from ldm_sg.train.guidance import Guidance
+from ldm_sg.train.crops import shown_guidance
 from ldm_sg.train.run import Run, StoreFacts
 
 TILE_PX, GAP_PX, CAPTION_PX = 128, 12, 22
@@ -37,7 +37,7 @@ class RealImages:
         self.size_px, self.crop = run.facts.size_px, run.facts.crop
         self.store = Store.open(run.facts.store, run.facts.generation)
         self.source = open_source(run.facts.dataset)
-        self.guidance = Guidance.load(self.store, run.facts.column)
+        self.guidance = shown_guidance(self.store, run.facts.column)
 
     def of_cluster(self, cluster: int | Mix, n: int) -> np.ndarray:
         """Give the first n images of a cluster, or of a mix's clusters in turn, (<= n, S, S, 3) uint8."""

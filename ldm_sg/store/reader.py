@@ -100,6 +100,23 @@ class Store:
         return self._keys
 
     @property
+    def keeps_whole(self) -> bool:
+        """Whether rows hold whole images, to be cropped when they are read, in place of latents."""
+        return "image" in self.manifest["schema"]
+
+    @property
+    def latent_shape(self) -> list[int]:
+        """(C, h, w) of the latents that a network is trained on."""
+        if self.keeps_whole:
+            return [3, *2 * [int(self.manifest["provenance"]["size_px"])]]
+        return [len(self.latent_mean), *self.manifest["schema"]["latent"]["shape"][2:]]  # of (2, C or 2C, h, w)
+
+    @property
+    def map_cells(self) -> int:
+        """Side of the maps in columns: that of the latents, or of the whole images."""
+        return int(self.manifest["schema"]["image"]["shape"][0]) if self.keeps_whole else self.latent_shape[-1]
+
+    @property
     def latent_mean(self) -> np.ndarray:
         """(C,) float32: mean of the latents per channel."""
         return self._latent("mean")

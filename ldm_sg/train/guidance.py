@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,12 +25,14 @@ class Guidance:
         masks: (N, h, w) uint8 index maps, or None.
         num_clusters: K.
         spatial_channels: S; 0 without masks.
+        pooled: whether the labels are what is in the masks.
     """
 
     labels: np.ndarray
     masks: np.ndarray | None
     num_clusters: int
     spatial_channels: int = 0
+    pooled: bool = False
 
     @classmethod
     def load(cls, store: Store, column: str) -> Guidance:
@@ -40,10 +42,10 @@ class Guidance:
             store: opened.
             column: of one of `KINDS`.
         Returns:
-            The guidance of all rows; labels that no column gives are pooled from the masks.
+            The guidance of all rows, of whole images where the store has those (crops.py crops it); labels that no
+            column gives are pooled from the masks.
         Raises:
             ValueError: no such column, masks of another size than the latents', or values out of range.
-        Source: paper eq. 9: spatial maximum pooling.
         """
         record = store.manifest["columns"].get(column, {})
         if record.get("kind") not in KINDS:
@@ -55,12 +57,11 @@ class Guidance:
         num_clusters = classes_of(about, values)
         if record["kind"] != "mask":
             return cls(_checked_labels(column, values, num_clusters), None, num_clusters)
-        channels, sides = int(about["spatial_channels"]), store.manifest["schema"]["latent"]["shape"][2:]
-        _check_masks(column, values, channels, sides)
+        channels = int(about["spatial_channels"])
+        _check_masks(column, values, channels, store.map_cells)
         if label := about.get("label"):
             return cls(cls.load(store, label).labels, values, num_clusters, channels)
-        pooled = np.stack([(values == k).any((1, 2)) for k in range(channels)], 1).astype(np.uint8)
-        return cls(pooled, values, num_clusters, channels)
+        return cls(pool(values, channels), values, num_clusters, channels, pooled=True)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,7 +79,7 @@ class Guidance:
     def rows(self, rows: np.ndarray) -> Guidance:
         """Give the guidance of some rows."""
         masks = None if self.masks is None else self.masks[rows]
-        return Guidance(self.labels[rows], masks, self.num_clusters, self.spatial_channels)
+        return replace(self, labels=self.labels[rows], masks=masks)
 
     def tensors(self, flipped: np.ndarray | None = None) -> dict[str, Tensor]:
         """Turn all rows into what the network takes.
@@ -163,6 +164,14 @@ def kept_rows(guidance: Guidance) -> tuple[np.ndarray, int]:
     return np.array([*sample, *others], np.int64), len(sample)
 
 
+def pool(masks: np.ndarray, channels: int) -> np.ndarray:
+    """Name what is in masks: index maps (N, h, w) -> (N, K) uint8 multi-hot.
+
+    Source: paper eq. 9, k^: spatial maximum pooling.
+    """
+    return np.stack([(masks == k).any((1, 2)) for k in range(channels)], 1).astype(np.uint8)
+
+
 def _checked_labels(column: str, labels: np.ndarray, num_clusters: int) -> np.ndarray:
     low, high = (-1, num_clusters - 1) if labels.ndim == 1 else (0, 1)
     shape = labels.shape[1:]
@@ -174,14 +183,13 @@ def _checked_labels(column: str, labels: np.ndarray, num_clusters: int) -> np.nd
     return labels
 
 
-def _check_masks(column: str, masks: np.ndarray, channels: int, sides: list[int]) -> None:
+def _check_masks(column: str, masks: np.ndarray, channels: int, cells: int) -> None:
     from ldm_sg.data.masks import VOID
 
-    if list(masks.shape[1:]) != sides:
+    if masks.shape[1:] != (cells, cells):
         size = "x".join(map(str, masks.shape[1:]))
         raise ValueError(
-            f"column {column}: got masks of {size}, expected the latents' {sides[0]}x{sides[1]}: "
-            "annotate into another --column"
+            f"column {column}: got masks of {size}, expected the rows' {cells}x{cells}: annotate into another --column"
         )
     wrong = masks[(masks >= channels) & (masks != VOID)]
     if len(wrong):

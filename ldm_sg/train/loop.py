@@ -22,12 +22,13 @@ from ldm_sg.hardware import autocast, choose_dtype, describe
 from ldm_sg.model import drop_guidance
 from ldm_sg.store import Store
 from ldm_sg.train.checkpoint import load_checkpoint, save_checkpoint
+from ldm_sg.train.crops import read_crops
 from ldm_sg.train.distributed import Processes
 from ldm_sg.train.ema import EMA
 from ldm_sg.train.guidance import Guidance
 from ldm_sg.train.network import build_network, build_run_schedule, network_settings
 from ldm_sg.train.optimizer import build_optimizer
-from ldm_sg.train.order import batch_rows
+from ldm_sg.train.order import batch_epochs, batch_rows
 from ldm_sg.train.progress import Progress
 from ldm_sg.train.run import Run
 
@@ -71,7 +72,7 @@ def load_batch(
     Args:
         step: from 0.
         run: batch_size, seed, flip and drop_prob; the latent's shape.
-        store: holds "latent" (N, 2, C or 2C, h, w), the moments of each image and of its mirror image.
+        store: holds "latent" (N, 2, C or 2C, h, w), the moments of each image and of its mirror image, or whole images.
         guidance: of the store's rows.
         schedule: draws the times.
         processes: says which part is this process's.
@@ -86,9 +87,14 @@ def load_batch(
     keep = torch.rand(size, generator=generator) >= config.drop_prob
     noise, posterior = torch.randn(2, size, *run.facts.latent_shape, generator=generator)
     rows = batch_rows(step, size, store.num_rows, config.seed)[mine]
-    latents = store.read(["latent"], rows)["latent"]
-    moments = torch.from_numpy(latents[np.arange(len(rows)), flipped].astype(np.float32))
-    signal = guidance.rows(rows).tensors(flipped == 1)
+    if store.keeps_whole:
+        epochs = batch_epochs(step, size, store.num_rows)[mine]
+        moments, guidance = read_crops(store, guidance, rows, epochs, config.seed)
+        moments[flipped == 1] = moments[flipped == 1].flip(3)
+    else:
+        latents, guidance = store.read(["latent"], rows)["latent"], guidance.rows(rows)
+        moments = torch.from_numpy(latents[np.arange(len(rows)), flipped].astype(np.float32))
+    signal = guidance.tensors(flipped == 1)
     spatial = signal.get("spatial", torch.zeros(len(rows), 0, *moments.shape[2:]))
     return Batch(moments, posterior[mine], signal["label"], spatial, noise[mine], times[mine], keep[mine])
 

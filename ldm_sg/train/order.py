@@ -12,6 +12,11 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
+def batch_epochs(step: int, batch_size: int, num_rows: int) -> np.ndarray:
+    """Give the epochs, from 0, in which the rows of one step are read: (batch_size,) int64."""
+    return np.arange(step * batch_size, (step + 1) * batch_size) // num_rows
+
+
 def batch_rows(step: int, batch_size: int, num_rows: int, seed: int) -> np.ndarray:
     """Give the rows of one step.
 
@@ -23,8 +28,8 @@ def batch_rows(step: int, batch_size: int, num_rows: int, seed: int) -> np.ndarr
     Returns:
         (batch_size,) int64. Steps walk through one permutation after another, so every row comes once per epoch.
     """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs, within = np.divmod(positions, num_rows)
+    epochs = batch_epochs(step, batch_size, num_rows)
+    within = np.arange(step * batch_size, (step + 1) * batch_size) % num_rows
     rows = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(epochs):
         rows[epochs == epoch] = _permutation(num_rows, seed, int(epoch))[within[epochs == epoch]]

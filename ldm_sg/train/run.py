@@ -24,7 +24,8 @@ from ldm_sg.config import Config, differences, load_config, save_config
 from ldm_sg.store import Store
 from ldm_sg.store.format import Tensors, map_tensors, write_tensors
 from ldm_sg.train.checkpoint import newest_checkpoint
-from ldm_sg.train.guidance import Guidance, KeptGuidance, keep_guidance
+from ldm_sg.train.crops import shown_guidance
+from ldm_sg.train.guidance import KeptGuidance, keep_guidance
 
 RUNS_ROOT = Path("runs")
 
@@ -160,9 +161,8 @@ def facts_of(store: Store, column: str | None) -> StoreFacts:
         ValueError: if the store has no such column, or its values fit neither it nor the latents.
     """
     column = column or store.newest_column("cluster")
-    guidance = Guidance.load(store, column)
+    guidance = shown_guidance(store, column)
     about, provenance = store.manifest["provenance"], store.manifest["columns"][column]["provenance"]
-    sides = store.manifest["schema"]["latent"]["shape"][2:]  # of (2, C or 2C, h, w)
     return StoreFacts(
         store=store.address,
         generation=store.generation,
@@ -173,7 +173,7 @@ def facts_of(store: Store, column: str | None) -> StoreFacts:
         num_images=store.num_rows,
         num_clusters=guidance.num_clusters,
         histogram=guidance.histogram(),
-        latent_shape=[len(store.latent_mean), *sides],
+        latent_shape=store.latent_shape,
         latent_mean=store.latent_mean.tolist(),
         latent_std=store.latent_std.tolist(),
         autoencoder=about["autoencoder"],
@@ -207,6 +207,7 @@ def follow_store(config: Config, facts: StoreFacts) -> Config:
         crop=facts.crop,
         seed=int(facts.provenance.get("seed", 0)),
         spherical=bool(facts.provenance.get("spherical")),
+        mask_crf="crf" in facts.provenance,
     )
     return replace(config, annotate=annotate)
 
@@ -226,7 +227,7 @@ def create_run(path: Path, config: Config, store: Store) -> Run:
     if clusters in store.manifest["assets"]:
         features |= store.asset(clusters)[0]
     parts = {"autoencoder": store.asset("autoencoder")[0], "features": features}
-    if kept := keep_guidance(Guidance.load(store, facts.column)):
+    if kept := keep_guidance(shown_guidance(store, facts.column)):
         parts["guidance"] = kept
     with complete_folder(path) as partial:
         write_run(partial, config, facts, **parts)

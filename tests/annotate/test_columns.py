@@ -14,8 +14,8 @@ from ldm_sg.annotate.baselines import class_masks
 from ldm_sg.annotate.columns import column_name, parse_kind
 from ldm_sg.config import AnnotateConfig
 from ldm_sg.data import Annotation, FolderSource, SceneSource, open_source
-from ldm_sg.data.crop import Square, center_square
-from ldm_sg.data.masks import VOID, rasterise_boxes
+from ldm_sg.data.crop import Region, random_square
+from ldm_sg.data.masks import VOID, crop_index_map, rasterise_boxes
 from ldm_sg.store import Store, verify
 from ldm_sg.train.guidance import Guidance
 
@@ -43,7 +43,7 @@ def test_boxes_in_original_pixels_and_as_masks(scene_store: Store, scene_boxes: 
     ]
     boxes, masks = scene_store.column("boxes-k2-box"), scene_store.column("boxes-k2")
     assert boxes.shape == (24, 4) and boxes.dtype == np.int32
-    inside = rasterise_boxes(boxes, [Square(0, 0, 64)] * 24, 8)[:, 0]
+    inside = rasterise_boxes(boxes, [Region(0, 0, 64, 64)] * 24, 8)[:, 0]
     np.testing.assert_array_equal(masks, np.where(inside, 0, VOID))
     provenance = records["boxes-k2"]["provenance"]
     assert (provenance["algorithm"], provenance["label"], provenance["spatial_channels"]) == ("LOST", "k2", 1)
@@ -130,41 +130,39 @@ def test_ground_truth(drawn: SceneSource, tmp_path: Path) -> None:
     assert Guidance.load(store, "true-masks").tensors()["label"][1].tolist() == [1, 0, 1]
 
 
-def painted(folder: Path, n: int = 6) -> SceneSource:
-    """Images of 120 x 90 px that show what is drawn: dark ground, a grey ball, and a light box that has a box."""
-    folder.mkdir()
-    truths = {}
-    for i in range(n):
-        rng = np.random.default_rng(i)
-        y, x = np.mgrid[:90, :120]
-        x0, y0 = (int(v) for v in rng.integers(5, 45, 2))
-        mask = np.where(np.hypot(x - rng.integers(120), y - rng.integers(90)) < 25, 1, 0).astype(np.uint8)
-        mask[y0 : y0 + 40, x0 : x0 + 50] = 2
-        Image.fromarray(np.repeat(mask[..., None] * 100, 3, 2)).save(folder / f"{i}.png")
-        truths[f"{i}.png"] = Annotation(np.array([[x0, y0, x0 + 50, y0 + 40]], np.float32), np.array([2]), mask)
-    return SceneSource(FolderSource(folder), truths.__getitem__, NAMES)
-
-
-def test_random_crops_are_those_of_the_image(tmp_path: Path) -> None:
-    source = painted(tmp_path / "painted")
-    changes = {"clusters": [2], "autoencoder": "identity", "crop": "random"}
-    for out in ("one", "two"):
-        for kind in ("true-boxes", "true-masks"):
-            store = annotate(settings(tmp_path / "painted", kind=kind, **changes), source, tmp_path / out, quiet=True)
-    one = Store.open(tmp_path / "one")
-    for name in ("true-boxes", "true-masks"):
-        np.testing.assert_array_equal(one.column(name), store.column(name))
-    moments = store.read_all("latent").astype(np.float32)  # (n, 2, 3, 64, 64) in [-1, 1]: image and mirror image
-    np.testing.assert_array_equal(moments, one.read_all("latent").astype(np.float32))
-    seen = np.rint((moments[:, 0, 0] + 1) * 127.5 / 100)  # class of each pixel
-    masks, boxes = store.column("true-masks"), store.column("true-boxes") == 0
-    drawn_masks = [source.annotation(key).mask for key in store.keys]
-    centred = class_masks([(mask, center_square(120, 90)) for mask in drawn_masks if mask is not None], 64)
-    assert (masks == seen).mean() > 0.97  # the rest are edges, which the image has smoothed
-    assert (centred == seen).mean() < 0.8
+def test_whole_images_and_their_maps(painted: tuple[Path, SceneSource], whole_store: Store) -> None:
+    assert whole_store.keeps_whole and (whole_store.latent_shape, whole_store.map_cells) == ([3, 64, 64], 128)
+    assert list(whole_store.manifest["schema"]) == ["feature", "image", "size"]
+    assert whole_store.read_all("size").tolist() == 6 * [[120, 90]]
+    masks, boxes = whole_store.column("true-masks"), whole_store.column("true-boxes") == 0
+    assert masks.shape == (6, 128, 128)
+    for key, image, mask in zip(whole_store.keys, whole_store.read_all("image"), masks):
+        drawn = painted[1].annotation(key).mask
+        assert drawn is not None
+        np.testing.assert_array_equal(mask, crop_index_map(drawn, Region(0, 0, 120, 90), 128))
+        assert (mask == np.rint(image[..., 0] / 100)).mean() > 0.98  # the rest are edges, which the image has smoothed
     np.testing.assert_array_equal(boxes, masks == 2)
-    assert store.manifest["provenance"]["crop"] == "random"
-    hot = [np.isin(np.arange(3), mask) for mask in masks]
+
+
+def test_two_annotations_keep_the_same(painted: tuple[Path, SceneSource], whole_store: Store, tmp_path: Path) -> None:
+    folder, source = painted
+    changes = {"clusters": [2], "autoencoder": "identity", "crop": "random", "shard_rows": 8, "batch_size": 4}
+    again = annotate(settings(folder, kind="true-boxes", **changes), source, tmp_path / "again", quiet=True)
+    assert [s["sha256"] for s in again.manifest["shards"]] == [s["sha256"] for s in whole_store.manifest["shards"]]
+    for name in ("true-labels", "true-boxes"):
+        np.testing.assert_array_equal(again.column(name), whole_store.column(name))
+    np.testing.assert_allclose(again.latent_std, whole_store.latent_std, rtol=1e-7)
+
+
+def test_random_crops_of_latents_are_those_of_the_key(painted: tuple[Path, SceneSource], tmp_path: Path) -> None:
+    folder, source = painted
+    config = settings(folder, kind="true-masks", clusters=[2], patch_px=4, crop="random")
+    store = annotate(config, source, tmp_path / "store", quiet=True)
+    assert store.manifest["provenance"]["crop"] == "random" and store.map_cells == 16
+    drawn = [(source.annotation(key).mask, random_square(120, 90, key)) for key in store.keys]
+    expected = class_masks([(mask, region) for mask, region in drawn if mask is not None], 16)
+    np.testing.assert_array_equal(store.column("true-masks"), expected)
+    hot = [np.isin(np.arange(3), mask) for mask in expected]
     np.testing.assert_array_equal(Guidance.load(store, "true-masks").tensors()["label"], np.array(hot))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_sg.data.crop import center_crop_resize, random_square
+from ldm_sg.data.crop import center_crop_resize, crop_resize, crop_whole, random_square, whole_image
 
 
 def lsun_loader(image: Image.Image, size_px: int) -> np.ndarray:
@@ -51,7 +51,8 @@ def test_refuses_no_pixels():
 def test_random_squares_lie_in_the_image_and_depend_on_the_key(width, height):
     squares = [random_square(width, height, f"{i}.png") for i in range(200)]
     assert squares == [random_square(width, height, f"{i}.png") for i in range(200)]
-    left, top, side = np.array(squares).T
+    left, top, side, height_px = np.array(squares).T
+    np.testing.assert_array_equal(side, height_px)
     assert left.min() >= 0 and top.min() >= 0 and (left + side).max() <= width and (top + side).max() <= height
     assert side.min() >= max(1, round(min(width, height) / 1.25)) and side.max() <= max(
         1, round(min(width, height) / 1.05)
@@ -61,5 +62,22 @@ def test_random_squares_lie_in_the_image_and_depend_on_the_key(width, height):
 
 
 def test_random_squares_stay_what_they_are():
-    assert random_square(500, 375, "2007_000032.jpg") == (171, 19, 311)
+    assert random_square(500, 375, "2007_000032.jpg") == (171, 19, 311, 311)
     random_square(9, 9, "not utf-8 \udcff")
+
+
+@pytest.mark.parametrize("width, height", [(120, 90), (70, 210), (64, 64)])
+def test_a_crop_of_a_squeezed_image_is_that_of_the_image(width: int, height: int) -> None:
+    y, x = np.mgrid[:height, :width] / 20
+    pixels = np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1) * 100 + 128
+    image = Image.fromarray(pixels.astype(np.uint8))
+    squeezed = crop_resize(image, whole_image(*image.size), 128)
+    assert squeezed.shape == (128, 128, 3)
+    for i in range(5):
+        region = random_square(width, height, str(i))
+        found, expected = crop_whole(squeezed, image.size, region, 48), crop_resize(image, region, 48)
+        assert found.shape == expected.shape and found.dtype == np.uint8
+        difference = np.abs(found.astype(int) - expected.astype(int))
+        assert difference.mean() < 1.5 and difference.max() < 12
+        shifted = crop_resize(image, region._replace(left=region.left + 3), 48)
+        assert np.abs(shifted.astype(int) - expected.astype(int)).mean() > 2 * difference.mean()

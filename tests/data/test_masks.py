@@ -7,8 +7,16 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from ldm_sg.data.crop import center_crop_resize, center_square
-from ldm_sg.data.masks import VOID, crop_index_map, multi_hot, one_hot_masks, rasterise_boxes, sampled_pixels
+from ldm_sg.data.crop import center_crop_resize, center_square, random_square, whole_image
+from ldm_sg.data.masks import (
+    VOID,
+    crop_index_map,
+    crop_whole_map,
+    multi_hot,
+    one_hot_masks,
+    rasterise_boxes,
+    sampled_pixels,
+)
 
 SIZES = [(64, 64), (65, 40), (40, 65), (33, 90), (500, 375), (333, 500), (8, 9)]
 
@@ -89,3 +97,17 @@ def test_unknown_classes_are_refused(value: int, classes: int) -> None:
 def test_impossible_numbers_of_classes_are_refused(classes: int) -> None:
     with pytest.raises(ValueError, match="expected 1 to 255"):
         one_hot_masks(torch.zeros(1, 2, 2, dtype=torch.uint8), classes)
+
+
+@pytest.mark.parametrize("width, height", [(500, 375), (300, 500), (40, 30)])
+def test_a_crop_of_a_squeezed_map_is_that_of_the_map(width: int, height: int) -> None:
+    y, x = np.mgrid[:height, :width]
+    index = ((x * 8 // width) + (y * 6 // height)).astype(np.uint8)
+    squeezed = crop_index_map(index, whole_image(width, height), 128)
+    assert squeezed.shape == (128, 128)
+    for i in range(5):
+        region = random_square(width, height, str(i))
+        found, expected = crop_whole_map(squeezed, (width, height), region, 64), crop_index_map(index, region, 64)
+        assert found.shape == (64, 64) and found.dtype == np.uint8
+        assert (found == expected).mean() > 0.93  # the rest are edges, which moved by less than a cell
+        assert (found[:-1, :-1] == expected[1:, 1:]).mean() < (found == expected).mean()

@@ -290,6 +290,8 @@ def test_every_kind_of_picture(tool: Any, place: Path, image_folder: Path) -> No
         done = tool("sample_grid.py", "--run", "tiny", "--guidance-interval", 0.1, 5, "--cluster", *flags, cwd=place)
         assert done.returncode == 0, done.stderr
         assert (place / done.stdout.splitlines()[-1]).is_file()
+    done = tool("sample_grid.py", "--run", "tiny", "--list", "--out", "sheets/real.png", cwd=place)
+    assert done.stdout.splitlines()[-1] == "sheets/real.png" and (place / "sheets" / "real.png").is_file()
 
 
 def test_sampling_goes_on_without_the_store(tool: Any, place: Path) -> None:

@@ -19,12 +19,12 @@ MASKS = np.array([[[0, 1], [VOID, 1]], [[2, 2], [2, 2]], [[VOID, VOID], [VOID, V
 class FakeStore:
     """A store of 4 rows with latents of 2 x 2 and the columns given: name -> (kind, values, provenance)."""
 
-    address = "fake"
+    address, map_cells = "fake", 2
 
     def __init__(self, **columns: tuple[str, Any, dict[str, Any]]):
         self.values = {name: np.asarray(values) for name, (_, values, _) in columns.items()}
         records = {name: {"kind": kind, "provenance": about} for name, (kind, _, about) in columns.items()}
-        self.manifest = {"columns": records, "schema": {"latent": {"shape": [2, 4, 2, 2]}}}
+        self.manifest = {"columns": records}
 
     def column(self, name: str) -> np.ndarray:
         return self.values[name]
@@ -88,7 +88,7 @@ def test_masks_of_mirrored_images_are_mirrored() -> None:
             "mask",
             np.zeros((4, 3, 3), np.uint8),
             {"num_clusters": 3, "spatial_channels": 3},
-            "masks of 3x3.*latents' 2x2",
+            "masks of 3x3.*rows' 2x2",
         ),
         (
             "mask",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ldm_sg.train.order import batch_rows
+from ldm_sg.train.order import batch_epochs, batch_rows
 
 
 @pytest.mark.parametrize(("batch_size", "num_rows"), [(4, 24), (5, 24), (7, 10), (30, 12), (1, 3)])
@@ -20,6 +20,12 @@ def test_every_row_once_per_epoch(batch_size: int, num_rows: int) -> None:
 def test_epochs_and_seeds_have_their_own_order() -> None:
     orders = [batch_rows(epoch, 50, 50, seed) for epoch in range(4) for seed in range(3)]
     assert len({order.tobytes() for order in orders}) == len(orders)
+
+
+def test_a_row_comes_once_in_each_of_the_epochs() -> None:
+    drawn = [(batch_epochs(step, 7, 5).tolist(), batch_rows(step, 7, 5, seed=0).tolist()) for step in range(5)]
+    places = [place for epochs, rows in drawn for place in zip(epochs, rows, strict=True)]
+    assert sorted(places) == [(epoch, row) for epoch in range(7) for row in range(5)]
 
 
 def test_any_step_without_the_ones_before() -> None:

@@ -1,0 +1,107 @@
+"""STEGO's masks against k-means on the same features, of a small network that tools/train_features.py trains.
+
+python benchmarks/bench_masks.py
+python benchmarks/bench_masks.py --network features/scenes
+
+Generated scenes have two to four regions of other textures and one mean colour. The network sees tiles of these scenes
+alone; a place's feature is what it gives of the window around it. mIoU is after Hungarian matching.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ldm_sg.annotate.backbones import load_backbone
+from ldm_sg.annotate.dino import Recipe, train_backbone
+from ldm_sg.annotate.kmeans import fit_kmeans
+from ldm_sg.annotate.masks import StegoOptions, fit_masks
+from ldm_sg.data import open_source, to_model_range
+from ldm_sg.evaluate.segmentation import count_pairs, match_and_score
+
+KINDS, SCENES, SIDE, TILE, WINDOW, STRIDE = 5, 64, 128, 48, 32, 8
+RECIPE = Recipe(size_px=WINDOW, patch_px=8, width=96, depth=3, heads=3, local_crops=2, steps=1000)
+STEGO = StegoOptions(batch_size=16, num_points=6, steps=200)
+RESULTS = Path(__file__).parent / "results" / "masks_cpu.csv"
+
+
+def texture(kind: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw a texture (SIDE, SIDE) of mean 0; what a crop or a mirror image changes, its kind is not."""
+    y, x = np.mgrid[:SIDE, :SIDE] * 2 * np.pi / rng.uniform(9, 13)
+    a, b = rng.uniform(0, 2 * np.pi, 2)
+    cells = torch.from_numpy(rng.normal(size=(1, 1, SIDE // 8, SIDE // 8)))
+    waves = [
+        lambda: np.sin(x + a),
+        lambda: np.sin(y + a),
+        lambda: np.sin(x + a) * np.sin(y + b),
+        lambda: rng.normal(size=x.shape),
+        lambda: F.interpolate(cells, x.shape, mode="bicubic")[0, 0].numpy(),
+    ]
+    values = waves[kind]()
+    return (values - values.mean()) / values.std() * rng.uniform(25, 45)
+
+
+def scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw an image (SIDE, SIDE, 3) uint8, and (SIDE, SIDE) which texture is where."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.permutation(KINDS)[: rng.integers(2, 5)]
+    y, x = np.mgrid[:SIDE, :SIDE]
+    seeds = rng.uniform(0, SIDE, (len(kinds), 2))
+    region = ((y[..., None] - seeds[:, 0]) ** 2 + (x[..., None] - seeds[:, 1]) ** 2).argmin(-1)
+    waves = np.stack([texture(kind, rng) for kind in kinds])
+    grey = 128 + np.take_along_axis(waves, region[None], 0)[0] + rng.normal(0, 4, (SIDE, SIDE))
+    return np.repeat(grey[..., None], 3, 2).clip(0, 255).astype(np.uint8), kinds[region]
+
+
+def write_tiles(folder: Path, images: np.ndarray) -> Path:
+    """Write nine tiles of each image."""
+    for index, image in enumerate(images):
+        for tile in range(9):
+            y, x = (SIDE - TILE) // 2 * np.array(divmod(tile, 3))
+            Image.fromarray(image[y : y + TILE, x : x + TILE]).save(folder / f"{index:03d}_{tile}.png")
+    return folder
+
+
+@torch.no_grad()
+def features_of(network: Path, images: np.ndarray) -> Tensor:
+    """Give the features of the windows around all places, (N, h, w, D)."""
+    backbone, cells, border = load_backbone(str(network)), SIDE // STRIDE, (WINDOW - STRIDE) // 2
+    x = F.pad(to_model_range(images), 4 * [border], mode="reflect")
+    windows = x.unfold(2, WINDOW, STRIDE).unfold(3, WINDOW, STRIDE)  # (N, 3, h, w, WINDOW, WINDOW)
+    flat = windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, WINDOW, WINDOW)
+    return torch.cat([backbone.extract(part) for part in flat.split(512)]).reshape(len(images), cells, cells, -1)
+
+
+def main(args: argparse.Namespace) -> None:
+    images, truth = map(np.stack, zip(*(scene(seed) for seed in range(SCENES))))
+    with TemporaryDirectory() as place:
+        (tiles := Path(place) / "tiles").mkdir()
+        network = args.network or Path(place) / "network"
+        train_backbone(open_source(str(write_tiles(tiles, images))), network, RECIPE)
+        maps = features_of(network, images)
+    stego = fit_masks(lambda ids: maps[torch.from_numpy(ids)], SCENES, KINDS, 0, STEGO)(maps, SIDE).numpy()
+    plain = fit_kmeans(F.normalize(maps, dim=-1).flatten(0, 2).numpy(), KINDS, seed=0).labels.reshape(maps.shape[:3])
+    plain = plain.repeat(STRIDE, 1).repeat(STRIDE, 2)
+    scores = [match_and_score(count_pairs(masks, truth, KINDS, KINDS)).mean_iou for masks in (stego, plain)]
+    row = {"scenes": SCENES, "textures": KINDS, "steps": RECIPE.steps}
+    row |= {"stego_miou": f"{scores[0]:.3f}", "kmeans_miou": f"{scores[1]:.3f}"}
+    print(row)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        writer.writeheader()
+        writer.writerow(row)
+    print(RESULTS)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", type=Path, help="folder to train it in, or where it was; default a temporary one")
+    main(parser.parse_args())
