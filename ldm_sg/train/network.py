@@ -56,7 +56,9 @@ def network_settings(config: ModelConfig, facts: StoreFacts | Space) -> dict[str
     free = ("dropout", "checkpointing")  # training may change them
     model = {f"model.{name}": value for name, value in asdict(config).items() if name not in free}
     clusters, masks = (facts.num_clusters, facts.spatial_channels) if config.guided else (0, 0)
-    return {**model, "latent channels": facts.latent_shape[0], "clusters": clusters, "mask channels": masks}
+    channels, *sides = facts.latent_shape
+    latent = {"latent channels": channels, "latent size": sides}
+    return {**model, **latent, "clusters": clusters, "mask channels": masks}
 
 
 def build_run_schedule(d: DiffusionConfig) -> Schedule:
