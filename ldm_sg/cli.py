@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -34,6 +38,8 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
     """Call a tool's main function; exit with 2 and one line on what a user can mend, 130 on Ctrl-C.
 
     Where the reader of the output stops reading (`| head -1`), exit with 141 and without words, as Unix tools do.
+    Of processes that torchrun started, the first one prints; torchrun's own report ends with the line of the one that
+    failed first.
 
     Args:
         main: does the work.
@@ -53,8 +59,18 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
         line, status = f"error: {' '.join(str(error).split())}", 2
     except KeyboardInterrupt:
         line, status = "stopped; the same command goes on from here", 130
-    print(line, file=sys.stderr)  # out here the progress bars of what failed are closed
+    _tell(line)  # out here the progress bars of what failed are closed
     sys.exit(status)
+
+
+def _tell(line: str) -> None:
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun reads it
+    if not report or os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+    if report:
+        about = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):  # a full disk may be what `line` tells
+            Path(report).write_text(json.dumps({"message": about}))
 
 
 def bars(stage: str, total: int) -> Callable[[int], None]:

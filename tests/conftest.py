@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -213,10 +214,26 @@ def tools(_tool_server: subprocess.Popen[str], tmp_path: Path) -> Callable[..., 
 def _request(command: tuple[Any, ...], output: Path) -> dict[str, Any]:
     name, *arguments = command
     keywords = arguments.pop() if isinstance(arguments[-1], dict) else {}
-    nothing = dict.fromkeys(("configs", "die_at", "full_at", "stop_at", "few_filters", "kill_after_s"))
+    keywords_of = ("configs", "die_at", "full_at", "stop_at", "few_filters", "environment", "kill_after_s")
+    nothing = dict.fromkeys(keywords_of)
     argv = [str(ROOT / "tools" / name), *map(str, arguments)]
     files = {"out": f"{output}.out", "err": f"{output}.err"}
     return {"argv": argv, "cwd": str(output.parent), **files, **nothing, **keywords}
+
+
+@pytest.fixture
+def processes(
+    tools: Callable[..., list[subprocess.CompletedProcess[str]]],
+) -> Callable[..., list[subprocess.CompletedProcess[str]]]:
+    """Run `tools/<name>` as two processes, as torchrun starts them."""
+
+    def run(name: str, *arguments: object, **keywords: Any) -> list[subprocess.CompletedProcess[str]]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        ranks = [meet | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"} for rank in "01"]
+        return tools(*((name, *arguments, {**keywords, "environment": rank}) for rank in ranks))
+
+    return run
 
 
 @pytest.fixture

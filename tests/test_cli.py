@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 
 from ldm_sg import cli
 
-TOOLS = sorted(path.name for path in (Path(__file__).resolve().parents[1] / "tools").glob("*.py"))
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
 
 
 def run(error: BaseException | None, debug: bool = False) -> None:
@@ -46,6 +48,17 @@ def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="130"):
         run(KeyboardInterrupt())
     assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_torchrun_ends_with_the_one_line(tmp_path: Path) -> None:
+    code = "import argparse, os\nfrom ldm_sg import cli\ndef main(_):\n    raise ValueError('got 3, expected 4')\n"
+    (tmp_path / "tool.py").write_text(code + "cli.run(main, argparse.Namespace(debug=False))\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, str(tmp_path / "tool.py")], env=environment, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and lines.count("error: got 3, expected 4") == 1, "one process speaks"
+    assert lines[-2] == "  traceback : error: got 3, expected 4", done.stderr
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])

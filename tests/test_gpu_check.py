@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("machine", "correctness", "norm", "attention", "step", "sampler", "training", "sanitizer", "profile")
@@ -45,15 +44,18 @@ def test_every_default_part_is_tested(check: ModuleType) -> None:
     assert set(check.PARTS) <= set(PARTS)
 
 
-def test_command_goes_on_where_a_killed_run_stopped(check: ModuleType, tmp_path: Path) -> None:
+def test_command_goes_on_where_a_killed_run_stopped(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "cpu.csv"
     path.write_text(
         "part,case,what,value,goal\nnorm,kept,us,1,\nnorm,,part finished,,\nmachine,lost,us,2,\n"
     )  # killed within "machine"
-    no_gpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--small", "--resume", "--out", str(tmp_path)]
-    done = subprocess.run([*command, "--parts", "norm", "machine"], capture_output=True, text=True, env=no_gpu)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the part's process
+    monkeypatch.setattr(check, "DEVICE", torch.device("cpu"))
+    words = ["--small", "--resume", "--out", str(tmp_path), "--parts", "norm", "machine"]
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "gpu_check.py"), *words])
+    check.main()
     with path.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["part"] for row in rows if row["what"] == "part finished"] == ["norm", "machine"]
@@ -61,8 +63,12 @@ def test_command_goes_on_where_a_killed_run_stopped(check: ModuleType, tmp_path:
     assert "| not measured | | |" in path.with_suffix(".md").read_text()
 
 
-def test_a_part_that_breaks_says_why(check: ModuleType, tmp_path: Path) -> None:
-    assert check.start("no such part", tmp_path / "cpu.csv", small=True, limit=600).startswith("gpu_check.py: error")
+def test_a_part_that_breaks_says_why(check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.py").write_text("import sys; print('before'); sys.exit('no such device')")
+    monkeypatch.setattr(check, "__file__", str(tmp_path / "broken.py"))  # what a part's process runs
+    assert check.start("norm", tmp_path / "cpu.csv", small=True, limit=600) == "no such device"
+    (tmp_path / "broken.py").write_text("import os; os.abort()")
+    assert check.start("norm", tmp_path / "cpu.csv", small=True, limit=600) == "exit code -6"
 
 
 def test_a_part_that_fails_costs_only_its_rows(tmp_path: Path, results: ModuleType) -> None:

@@ -26,6 +26,7 @@ from ldm_sg.annotate import features
 with contextlib.suppress(ImportError):
     import torch._dynamo  # what the first optimizer loads
     import torch.utils.tensorboard  # noqa: F401
+    from diffusers import AutoencoderKL  # noqa: F401
 
 TIMEOUT_S = 120
 ROOM_BYTES = 4096  # what a file may still hold on the full disk
@@ -43,6 +44,7 @@ class Request(TypedDict):
     full_at: tuple[str, int] | None  # from its n-th call on, no file can grow
     stop_at: tuple[str, int] | None  # SIGSTOP there; the next command starts then, and SIGCONT follows its end
     few_filters: bool | None  # features whose fit costs next to nothing
+    environment: dict[str, str] | None  # variables beside those there are
     kill_after_s: float | None  # SIGKILL so long after the last command has started
 
 
@@ -79,6 +81,7 @@ def run(request: Request) -> int:
     """Run one tool in this (forked) process; returns its exit status."""
     signal.alarm(TIMEOUT_S)
     os.chdir(request["cwd"])
+    os.environ.update(request["environment"] or {})
     for number, path in ((1, request["out"]), (2, request["err"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     for place, act in (("die_at", die), ("full_at", fill_disk), ("stop_at", freeze)):

@@ -27,6 +27,7 @@ STORES = Path("stores")
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     made = cli.parser(__doc__.splitlines()[0], "python tools/annotate.py --dataset my_photos/ --clusters 16")
     layouts = "a folder of images or tar shards, an LMDB folder, a Hugging Face data set, a URL"
     made.add_argument("--dataset", default="elpv", help=f"one of {', '.join(DATASETS)}; {layouts}; default elpv")
@@ -101,6 +102,7 @@ def configure(args: argparse.Namespace) -> AnnotateConfig:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Annotate a data set into a store."""
     config = configure(args)
     source = open_source(config.dataset)
     out = args.out or STORES / source.name

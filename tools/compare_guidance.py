@@ -15,6 +15,7 @@ from ldm_sg.train.run import RUNS_ROOT
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     made = cli.parser(__doc__.splitlines()[0], "python tools/compare_guidance.py --guided a --unguided b --n 1024")
     made.add_argument("--guided", required=True, metavar="RUN", help="a run trained with guidance")
     made.add_argument("--unguided", required=True, metavar="RUN", help="the same with model.guided=false")
@@ -24,6 +25,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Print the distances of both runs' images and write them beside the guided run."""
     guided, unguided = open_run(RUNS_ROOT / args.guided), open_run(RUNS_ROOT / args.unguided)
     options = guided.config.sample
     rows = compare_guidance(guided, unguided, args.n, args.scale, options, cli.bars)

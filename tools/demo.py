@@ -33,6 +33,7 @@ REFERENCE_PROBE_S, REFERENCE_DEMO_S = 0.0094, 1330.0  # on 2 cores of an AMD EPY
 
 
 def main(args: argparse.Namespace) -> None:
+    """Run the commands one after the other and print how long each took."""
     device = choose_device()
     dtype = choose_dtype("auto", device)
     expected = REFERENCE_DEMO_S * probe_seconds(dtype, device) / REFERENCE_PROBE_S

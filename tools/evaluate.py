@@ -18,6 +18,7 @@ from ldm_sg.train.run import RUNS_ROOT
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     made = cli.parser(__doc__.splitlines()[0], "python tools/evaluate.py --images-per-cluster 16")
     made.add_argument("--run", help="name of the run; default the newest in runs/")
     made.add_argument(
@@ -32,6 +33,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Measure a run, print the numbers and write its report."""
     run = open_run(RUNS_ROOT / args.run) if args.run else newest_run()
     print(f"run {run.path}, {run.steps_done()} steps; {run.facts.describe()}")
     if args.images_per_cluster is not None:
@@ -40,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
     options = replace(run.config.sample, **given)
     check(replace(run.config, sample=options))
     evaluation = evaluate(run, options, cli.bars)
-    for what, measured, bound in number_rows(evaluation.numbers):
+    for what, measured, bound in number_rows(evaluation.numbers, run.facts):
         print(f"{measured:>8}  {what}" + (f" ({bound})" if bound else ""))
     print(write_report(run, evaluation))
 

@@ -16,6 +16,7 @@ from ldm_sg.train.run import RUNS_ROOT
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     made = cli.parser(__doc__.splitlines()[0], "python tools/export.py --run elpv-elpv --to diffusers")
     made.add_argument("--run", help="name of the run; default the newest in runs/")
     made.add_argument("--to", choices=["diffusers"], default="diffusers", help="the layout; there is one")
@@ -24,6 +25,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Write a run's folder for others and print its path."""
     run = open_run(RUNS_ROOT / args.run) if args.run else newest_run()
     print(f"run {run.path}, {run.steps_done()} steps; {run.facts.describe()}")
     print(export(run, args.out or Path("exported") / run.name))

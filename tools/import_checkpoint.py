@@ -15,6 +15,7 @@ from ldm_sg.train.run import RUNS_ROOT
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     made = cli.parser(__doc__.splitlines()[0], "python tools/import_checkpoint.py model.ckpt --run churches")
     made.add_argument("file", type=Path, metavar="CKPT", help="such as model.ckpt of lsun_churches-ldm-kl-8")
     made.add_argument(
@@ -29,6 +30,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Make a run of a checkpoint."""
     path = RUNS_ROOT / (args.run or args.config.stem)
     run = import_checkpoint(args.file, load_config(args.config, args.overrides), path)
     print(f"{run.facts.describe()}; {run.steps_done()} steps")

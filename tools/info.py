@@ -20,6 +20,7 @@ from ldm_sg.train.run import RUNS_ROOT, StoreFacts, facts_of, open_run
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     made = cli.parser(__doc__.splitlines()[0], "python tools/info.py --config configs/elpv.yaml model.base=128")
     made.add_argument("--config", type=Path, help="YAML; default the schema's own values")
     made.add_argument("--store", type=Path, help="a store whose latents and clusters are meant, not those planned")
@@ -41,6 +42,7 @@ def gather(args: argparse.Namespace) -> tuple[Config, StoreFacts | None, dict[st
 
 
 def main(args: argparse.Namespace) -> None:
+    """Print what is known as JSON."""
     config, facts, run = gather(args)
     known = {
         "config": str(args.config) if args.config else None,

@@ -15,6 +15,7 @@ from ldm_sg.data.places import data_root
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     made = cli.parser(__doc__.splitlines()[0], "python tools/prepare_data.py --dataset lsun_church")
     names = ", ".join([*ARCHIVES, *BY_HAND])
     made.add_argument("--dataset", required=True, help=f"one of {names}; goes to data/ or $LDM_SG_DATA")
@@ -23,6 +24,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Fetch what is missing, after saying how much that is."""
     archives = pending(args.dataset, args.mirror)
     for archive, size in archives:
         print(f"{archive.url}: {gigabytes(size)}", flush=True)

@@ -33,6 +33,7 @@ from ldm_sg.train.run import RUNS_ROOT
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     made = cli.parser(__doc__.splitlines()[0], "python tools/sample_grid.py --cluster 3 17 25 --scale 1.5")
     made.add_argument("--run", help="name of the run; default the newest in runs/")
     what = made.add_mutually_exclusive_group()
@@ -106,21 +107,25 @@ def figure(args: argparse.Namespace, run: Run, clusters: list[int | Mix], option
         return denoising_figure(Sampler(run), clusters, options)
     if not args.image.is_file():
         raise FileNotFoundError(f"no image at {args.image}: give --image a file")
-    image = center_crop_resize(decode_rgb(args.image.read_bytes()), run.facts.size_px)
+    try:
+        image = center_crop_resize(decode_rgb(args.image.read_bytes()), run.facts.size_px)
+    except ValueError as error:
+        raise ValueError(f"--image {args.image}: {error}") from error
     return inversion_figure(Sampler(run), image, clusters, options)
 
 
 def grid(args: argparse.Namespace, run: Run, clusters: list[int | Mix], options: SampleConfig) -> Image.Image:
     """Draw one row per cluster."""
-    drawn = KEPT_ROWS if run.keeps_guidance and options.scale else 1
-    with tqdm(total=(len(clusters) or drawn) * options.n, desc="sample", unit=" images") as bar:
-        picture, made = sample_grid(Sampler(run), clusters or None, options, real_images(run), bar.update)
+    drawn, sampler, real = KEPT_ROWS if run.keeps_guidance and options.scale else 1, Sampler(run), real_images(run)
+    with tqdm(total=(len(clusters) or drawn) * options.n, desc="sample", unit=" images", delay=0.5) as bar:
+        picture, made = sample_grid(sampler, clusters or None, options, real, bar.update)
     if args.save_images:
         save_images(made, args.save_images)
     return picture
 
 
 def main(args: argparse.Namespace) -> None:
+    """Draw the picture that was asked for and print its path."""
     run = open_run(RUNS_ROOT / args.run) if args.run else newest_run()
     print(f"run {run.path}, {run.steps_done()} steps; {run.facts.describe()}")
     if args.out and args.out.suffix.lower() != ".png":

@@ -26,6 +26,7 @@ LONG_LIST = 8
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     made = cli.parser(__doc__.splitlines()[0], "python tools/store.py verify stores/elpv")
     commands = made.add_subparsers(dest="command", required=True, metavar="info|verify|gc|export")
     for name, text in (
@@ -126,6 +127,7 @@ def write_table(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Do what the command says to the store given, or to the newest."""
     args.store = args.store or newest_store("stores")
     {"info": info, "verify": check, "gc": collect, "export": write_table}[args.command](args)
 

@@ -20,6 +20,7 @@ FOLDER = Path("features")
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     made = cli.parser(__doc__.splitlines()[0], "python tools/train_features.py --dataset my_photos/ --steps 5000")
     made.add_argument("--dataset", default="elpv", help="a name (elpv) or a folder of images; default elpv")
     made.add_argument("--out", type=Path, help="the checkpoint's folder; default features/<dataset>")
@@ -45,6 +46,7 @@ def configure(args: argparse.Namespace) -> Recipe:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Train the network, or say that it is trained."""
     recipe, source = configure(args), open_source(args.dataset)
     out = args.out or FOLDER / source.name
     print(f"{source.name}: {len(source.keys)} images" + (f"; {source.notice}" if source.notice else ""))

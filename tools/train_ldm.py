@@ -20,6 +20,7 @@ from ldm_sg.train.run import RUNS_ROOT, facts_of, follow_store
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     made = cli.parser(__doc__.splitlines()[0], "torchrun -- tools/train_ldm.py --run slow train.lr=1e-4")
     made.add_argument(
         "--config", type=Path, help="YAML; default that of the store's data set, else configs/folder.yaml"
@@ -53,6 +54,7 @@ def prepare(store: Store, path: Path, config: Config, name: str) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Train a run to its end, on as many processes as torchrun started."""
     store, path, config = choose(args)
     name = args.run or f"{path.stem}-{PurePosixPath(store.address).name}"
     processes = start_processes()
@@ -60,9 +62,8 @@ def main(args: argparse.Namespace) -> None:
         if args.dry_run:
             processes.say(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
             return
-        if processes.is_first:
-            prepare(store, path, config, name)
-        processes.barrier()
+        processes.share(config.train.batch_size)  # refused before anything is made
+        processes.first(lambda: prepare(store, path, config, name))
         run = resume_or_create(RUNS_ROOT / name, config, store)
         if run.steps_done() >= config.train.steps:
             processes.say(f"run {name} is finished: {config.train.steps} steps")

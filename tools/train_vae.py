@@ -2,6 +2,7 @@
 
 python tools/train_vae.py --dataset my_photos/
 python tools/train_vae.py --dataset my_photos/ --size 128 --run small vae.widths=[64,128,128] train.steps=20000
+torchrun --nproc-per-node 8 -- tools/train_vae.py --dataset my_photos/ --run wide
 python tools/annotate.py --dataset my_photos/ --autoencoder kl-f8=autoencoders/my_photos
 
 The same command again resumes.
@@ -32,6 +33,7 @@ FOLDER = Path("autoencoders")
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     made = cli.parser(__doc__.splitlines()[0], "python tools/train_vae.py --dataset my_photos/ train.steps=20000")
     made.add_argument("--dataset", help="a name (elpv) or a folder of images; default from the configuration")
     made.add_argument("--size", type=int, metavar="PX", help="side of the cropped square; default 256")
@@ -77,17 +79,17 @@ def picture(images: np.ndarray, made: np.ndarray, path: Path) -> Path:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Train an autoencoder to its end, on as many processes as torchrun started."""
     config, processes = configure(args), start_processes()
     try:
         if args.dry_run:
             return processes.say(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+        processes.share(config.train.batch_size)  # refused before anything is made
         source = open_source(config.annotate.dataset)
         folder = FOLDER / (args.run or source.name)
         processes.say(f"{source.name}: {len(source.keys)} images" + (f"; {source.notice}" if source.notice else ""))
         perceptual, told = perceptual_loss(config, processes.say)
-        if processes.is_first:
-            resume_or_create(folder, config, source, told)
-        processes.barrier()
+        processes.first(lambda: resume_or_create(folder, config, source, told))
         if is_finished(folder, config):
             processes.say(f"{folder} is finished: {config.train.steps} steps")
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,17 +49,23 @@ def hinge_loss(real: Tensor, made: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + made).mean())
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
+def adaptive_weight(
+    reconstruction: Tensor,
+    adversarial: Tensor,
+    last: Tensor,
+    mean: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> Tensor:
     """Weigh the adversarial loss so that its gradient at the decoder's last layer is as large as that of the other.
 
     Args:
         reconstruction, adversarial: the two losses, scalars whose graphs are kept.
         last: weight of the decoder's last layer.
+        mean: averages a gradient over the processes that share a batch.
     Returns:
         A scalar in [0, 10^4] without gradient.
     Source: Esser et al. (2021), VQGAN, eq. 7.
     """
     first, second = (
-        torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
+        mean(torch.autograd.grad(loss, last, retain_graph=True)[0]).norm() for loss in (reconstruction, adversarial)
     )
     return (first / (second + SMALL)).clamp(0, MOST_WEIGHT).detach()

@@ -8,9 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from ldm_sg.config import SampleConfig, differences
+from ldm_sg.config import SampleConfig, check, differences
 from ldm_sg.evaluate.evaluation import training_images
-from ldm_sg.evaluate.kernel_distance import KernelDistance, efficientnet_lite0, image_features, kernel_distance
+from ldm_sg.evaluate.kernel_distance import (
+    GROUPS,
+    KernelDistance,
+    efficientnet_lite0,
+    image_features,
+    kernel_distance,
+)
 from ldm_sg.sample import Sampler, training_requests
 from ldm_sg.sample.grid import RealImages
 from ldm_sg.train.run import Run
@@ -43,8 +49,12 @@ def compare_guidance(
     Returns:
         A row per scale, and the unguided model's last.
     Raises:
-        ValueError: if the two runs differ in more than the guidance.
+        ValueError: if the two runs differ in more than the guidance, or for impossible scales, options or n.
     """
+    for scale in scales:
+        check(replace(guided.config, sample=replace(options, scale=scale)))
+    if n < 2 * GROUPS:
+        raise ValueError(f"--n: got {n}, expected at least {2 * GROUPS} images per row")
     other = [d for d in differences(guided.config, unguided.config) if not d.startswith("model.guided:")]
     if (
         other

@@ -96,7 +96,7 @@ def settings(run: Run) -> dict[str, Any]:
 def card(run: Run) -> str:
     """Write the model card: data, how it was annotated, measured numbers, terms, and how to sample."""
     facts, measured = run.facts, run.path / "metrics.json"
-    rows = number_rows(json.loads(measured.read_text())) if measured.is_file() else []
+    rows = number_rows(json.loads(measured.read_text()), facts) if measured.is_file() else []
     numbers = [f"| {what} | {value} | {bound} |" for what, value, bound in rows]
     provenance = [f"| {name} | {value} |" for name, value in facts.provenance.items()]
     drawn = facts.provenance.get("algorithm") == "ground truth"

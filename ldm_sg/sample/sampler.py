@@ -70,12 +70,6 @@ class Sampler:
         network = build_network(self.run.config.model, self.run.facts)
         settings = network_settings(self.run.config.model, self.run.facts)
         load_weights(network, latest / "ema.safetensors", settings)
-        broken = [name for name, t in network.state_dict().items() if not t.isfinite().all()]
-        if broken:
-            raise ValueError(
-                f"{latest}: {broken[0]} holds values that are no numbers: put another checkpoint's name into "
-                f"{self.run.path / 'latest'}, or train again with a lower train.lr"
-            )
         return network.eval().to(self.device, memory_format=torch.channels_last)
 
     def images(

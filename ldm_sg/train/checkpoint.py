@@ -105,7 +105,7 @@ def load_weights(network: nn.Module, path: Path, settings: Settings | None = Non
         settings: what the network was made with; compared with what the file tells of its own, if it does.
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if settings, names or shapes differ, or the file is damaged.
+        ValueError: if settings, names or shapes differ, the file is damaged, or a weight is not finite.
     """
     weights = _read(path, load_file)
     with safe_open(path, "pt") as file:
@@ -113,6 +113,9 @@ def load_weights(network: nn.Module, path: Path, settings: Settings | None = Non
     other = [f"{n} {kept[n]} != {v}" for n, v in (settings or {}).items() if n in kept and kept[n] != v]
     if other:
         raise ValueError(f"{path} does not fit this network, another run's configuration made it: {'; '.join(other)}")
+    broken = next((name for name, t in weights.items() if not t.isfinite().all()), None)
+    if broken:
+        raise ValueError(f"{path}: {broken} holds values that are no numbers: {_way_on(path)}")
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -134,14 +137,17 @@ def _fields_that_differ(found: dict[str, torch.Tensor], network: nn.Module) -> s
 
 def _read(path: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Read a file of a checkpoint, or say in one line what is wrong with it."""
-    latest = path.parent.parent.parent / "latest"
-    mend = f"put another checkpoint's name into {latest}, or train again with --run NEW"
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}, the checkpoint is incomplete: {mend}")
+        raise FileNotFoundError(f"no {path}, the checkpoint is incomplete: {_way_on(path)}")
     try:
         return load(path)
     except Exception as error:  # safetensors and torch raise types of their own on a damaged file
-        raise ValueError(f"{path} is damaged ({type(error).__name__}): {mend}") from error
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): {_way_on(path)}") from error
+
+
+def _way_on(path: Path) -> str:
+    latest = path.parent.parent.parent / "latest"
+    return f"put another checkpoint's name into {latest}, or train again with --run NEW"
 
 
 def newest_checkpoint(run: Path) -> Path | None:

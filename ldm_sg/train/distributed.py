@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +25,40 @@ class Processes:
         return self.rank == 0
 
     def share(self, size: int) -> slice:
-        """Give this process's part of a batch of `size`, which `world` divides."""
+        """Give this process's part of a batch.
+
+        Args:
+            size: of the batch, over all processes.
+        Returns:
+            The slice of it.
+        Raises:
+            ValueError: if the batch cannot be shared evenly.
+        """
+        if size % self.world:
+            raise ValueError(f"train.batch_size: got {size}, expected a multiple of {self.world} processes")
         each = size // self.world
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def first(self, do: Callable[[], object]) -> None:
+        """Let the first process do something, such as making files, while the others wait.
+
+        Raises:
+            ValueError, OSError: on every process, if it raised that.
+        """
+        failed: list[Exception | None] = [None]
+        if self.is_first:
+            try:
+                do()
+            except (ValueError, OSError) as error:
+                failed = [error]
+        if self.world > 1:
+            dist.broadcast_object_list(failed, device=self.device)
+        if failed[0] is not None:
+            raise failed[0]
 
     def say(self, text: str) -> None:
         """Print on the first process alone."""

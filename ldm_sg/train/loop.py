@@ -111,10 +111,6 @@ class Trainer:
     def __init__(self, run: Run, store: Store, processes: Processes):
         self.run, self.store, self.processes = run, store, processes
         self.config, d = run.config.train, run.config.diffusion
-        if self.config.batch_size % processes.world:
-            raise ValueError(
-                f"train.batch_size: got {self.config.batch_size}, expected a multiple of {processes.world} processes"
-            )
         self.schedule = build_run_schedule(d)
         self.parameterisation = PARAMETERISATIONS[d.parameterisation]
         self.autoencoder: Autoencoder = run.autoencoder()

@@ -63,8 +63,9 @@ def network_settings(config: ModelConfig, facts: StoreFacts | Space) -> dict[str
     free = ("dropout", "checkpointing")  # training may change them
     model = {f"model.{name}": value for name, value in asdict(config).items() if name not in free}
     widths = guidance_widths(config, facts)
-    clusters, masks = widths["num_clusters"], widths["spatial_channels"]
-    return {**model, "latent channels": facts.latent_shape[0], "clusters": clusters, "mask channels": masks}
+    channels, *sides = facts.latent_shape
+    latent = {"latent channels": channels, "latent size": sides}
+    return {**model, **latent, "clusters": widths["num_clusters"], "mask channels": widths["spatial_channels"]}
 
 
 def schedule_arguments(config: DiffusionConfig) -> dict[str, Any]:

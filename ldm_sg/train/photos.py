@@ -22,7 +22,7 @@ class Photos:
     Args:
         source: where they are; no labels are read.
         config: size, how many are held out, batch size, seed.
-        quarantine: a file that lists what cannot be read, and why.
+        quarantine: a file that lists what cannot be read, and why; all processes of a training add to it.
     Raises:
         ValueError: for fewer than two images.
     """
@@ -35,8 +35,12 @@ class Photos:
         order = np.random.default_rng((config.train.seed, 1)).permutation(len(source.keys))
         self.measured = [source.keys[i] for i in sorted(order[:n])]
         self.trained = [source.keys[i] for i in sorted(order[n:])]
-        listed = quarantine.read_text(errors="surrogateescape").splitlines() if quarantine.is_file() else []
-        self.bad = dict(line.split("\t", 1) for line in listed)
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """What cannot be read, and why."""
+        listed = self.quarantine.read_text(errors="surrogateescape") if self.quarantine.is_file() else ""
+        return dict(line.split("\t", 1) for line in listed.splitlines())
 
     def held_out(self) -> np.ndarray:
         """Load the images to measure on, (n, S, S, 3) uint8."""
@@ -66,16 +70,16 @@ class Photos:
             yield batch["image"]
 
     def _set_aside(self, bad: list[tuple[str, str]]) -> None:
-        new = {key: reason for key, reason in bad if key not in self.bad}
-        if not new:
+        if not bad:
             return
-        self.bad |= new
+        known = self.bad
+        new = {key: reason for key, reason in bad if key not in known}
         with self.quarantine.open("a", errors="surrogateescape") as file:
-            file.writelines(f"{key}\t{reason}\n" for key, reason in new.items())
-        most, total = self.config.annotate.max_bad, len(self.source.keys)
-        if len(self.bad) > most * total:
+            file.write("".join(f"{key}\t{reason}\n" for key, reason in new.items()))
+        most, total, found = self.config.annotate.max_bad, len(self.source.keys), len(known | new)
+        if found > most * total:
             raise ValueError(
-                f"{len(self.bad)} of {total} images cannot be read, expected at most {most:.0%}: see "
+                f"{found} of {total} images cannot be read, expected at most {most:.0%}: see "
                 f"{self.quarantine}, mend or remove them, or raise annotate.max_bad"
             )
 

@@ -70,7 +70,9 @@ class Networks(nn.Module):
 
 
 class VAETrainer:
-    """The state of one training and its single step.
+    """The state of one training and its single step, whose gradients are the means over the processes.
+
+    The discriminator normalises by the batch statistics of each process's own part, as latent diffusion's does.
 
     Args:
         folder: of this training.
@@ -123,8 +125,8 @@ class VAETrainer:
         discriminator = self.networks.discriminator.requires_grad_(False)
         loss = -discriminator(made).mean()
         discriminator.requires_grad_(True)
-        weight = adaptive_weight(reconstruction, loss, self.networks.autoencoder.decoder.conv_out.weight)
-        return self.processes.mean(weight) * loss
+        last = self.networks.autoencoder.decoder.conv_out.weight
+        return adaptive_weight(reconstruction, loss, last, self.processes.mean) * loss
 
     def step(self, images: np.ndarray) -> dict[str, Tensor]:
         """Do one optimisation step on this process's images (b, S, S, 3) uint8; give its losses and "grad_norm"."""

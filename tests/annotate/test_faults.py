@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ldm_sg.annotate import annotate, features
+from ldm_sg.config import AnnotateConfig
+from ldm_sg.data import open_source
 from ldm_sg.store import Store
 from ldm_sg.store.format import hash_file
 
@@ -69,6 +72,23 @@ def configs(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def quick(configs: Path) -> dict[str, Any]:
+    """Keywords of a tool that annotates with those, and with features whose fit costs next to nothing."""
+    return {"configs": configs, "few_filters": True}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What such a store holds when nothing goes wrong."""
+    images, out = tiny_store.manifest["provenance"]["dataset"], tmp_path_factory.mktemp("undisturbed") / "store"
+    config = AnnotateConfig(dataset=images, size_px=64, clusters=[3], shard_rows=8, batch_size=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "SCALES", (features.Scale(0, 8, 4),))
+        annotate(config, open_source(images), out, quiet=True)
+    return content(out)
+
+
+@pytest.fixture
 def command(tiny_store: Store) -> tuple[object, ...]:
     """What makes the tiny store again."""
     images = tiny_store.manifest["provenance"]["dataset"]
@@ -95,14 +115,14 @@ def shards(folder: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("die_at", DIE_AT, ids=lambda place: f"{place[0].split(':')[1]}-{place[1]}")
 def test_killed_then_the_same_command(
-    die_at: tuple[str, int], tool: Any, command: tuple, configs: Path, tmp_path: Path, tiny_store: Store
+    die_at: tuple[str, int], tool: Any, command: tuple, quick: dict, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
     lease = ("--lease", 0.2) if die_at[0] == "os:utime" else ()
-    assert tool(*command, *lease, configs=configs, die_at=die_at).returncode == -9
+    assert tool(*command, *lease, **quick, die_at=die_at).returncode == -9
     left = shards(tmp_path / "store")
-    done = tool(*command, configs=configs)
+    done = tool(*command, **quick)
     assert done.returncode == 0, done.stderr
-    assert content(tmp_path / "store") == content(tiny_store.folder)
+    assert content(tmp_path / "store") == expected
     assert left.items() <= shards(tmp_path / "store").items(), "finished shards are adopted"
     assert not list((tmp_path / "store" / "work").iterdir())
 
@@ -120,23 +140,20 @@ def stage(store: Path) -> str:
 
 
 def test_killed_at_random_instants(
-    tool: Any, command: tuple, configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    tool: Any, command: tuple, configs: Path, quick: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (configs / "folder.yaml").write_text("annotate: {shard_rows: 4, batch_size: 2, patch_px: 8, latent_channels: 4}\n")
-    keywords, folder = {"configs": configs, "few_filters": True}, tmp_path / "store"
-    assert tool(*command, **keywords).returncode == 0
-    expected = content(folder)
-    shutil.rmtree(folder)
-    began = time.perf_counter()
-    assert tool(*command, **keywords).returncode == 0
+    folder, began = tmp_path / "store", time.perf_counter()
+    assert tool(*command, **quick).returncode == 0
     seconds, instants, reached = time.perf_counter() - began, random.Random(0), collections.Counter[str]()
+    expected = content(folder)
     for trial in range(KILLS):
         shutil.rmtree(folder, ignore_errors=True)
-        killed = tool(*command, **keywords, kill_after_s=instants.uniform(0, seconds))
+        killed = tool(*command, **quick, kill_after_s=instants.uniform(0, seconds))
         assert killed.returncode in (-9, 0), killed.stderr
         reached[stage(folder) if killed.returncode else "the end"] += 1
         left = shards(folder)
-        done = tool(*command, **keywords)
+        done = tool(*command, **quick)
         assert done.returncode == 0, done.stderr
         assert content(folder) == expected, f"trial {trial}"
         assert left.items() <= shards(folder).items(), f"trial {trial}: finished shards are adopted"
@@ -146,33 +163,30 @@ def test_killed_at_random_instants(
 
 
 def test_processes_share_the_work(tools: Any, command: tuple, configs: Path, tmp_path: Path, tiny_store: Store) -> None:
-    keywords = {"configs": configs}
-    done = tools(*[(*command, keywords)] * 3)
+    done = tools(*[(*command, {"configs": configs})] * 3)
     assert [process.returncode for process in done] == [0, 0, 0], [process.stderr for process in done]
     assert content(tmp_path / "store") == content(tiny_store.folder)
 
 
 def test_a_killed_process_is_replaced_at_once(
-    tools: Any, command: tuple, configs: Path, tmp_path: Path, tiny_store: Store
+    tools: Any, command: tuple, quick: dict, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
     began = time.perf_counter()
-    victim = (*command, {"configs": configs, "stop_at": IN_A_SHARD, "kill_after_s": 1.0})
-    killed, other = tools(victim, (*command, {"configs": configs}))
+    victim = (*command, {**quick, "stop_at": IN_A_SHARD, "kill_after_s": 1.0})
+    killed, other = tools(victim, (*command, quick))
     assert (killed.returncode, other.returncode) == (-9, 0), other.stderr
     assert 1.0 < time.perf_counter() - began < 50, "the other waited for the death, and not for the lease's 60 s"
-    assert content(tmp_path / "store") == content(tiny_store.folder)
+    assert content(tmp_path / "store") == expected
 
 
 @pytest.mark.parametrize("place", FREEZE_AT, ids=lambda place: f"{place[0].split(':')[1]}-{place[1]}")
 def test_a_frozen_process_loses_its_lease(
-    place: tuple[str, int], tools: Any, command: tuple, configs: Path, tmp_path: Path, tiny_store: Store
+    place: tuple[str, int], tools: Any, command: tuple, quick: dict, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
     """The frozen one goes on only when the other has done everything and cleared up, and then does no harm."""
-    frozen, other = tools(
-        (*command, "--lease", 0.5, {"configs": configs, "stop_at": place}), (*command, {"configs": configs})
-    )
+    frozen, other = tools((*command, "--lease", 0.5, {**quick, "stop_at": place}), (*command, quick))
     assert (frozen.returncode, other.returncode) == (0, 0), frozen.stderr + other.stderr
-    assert content(tmp_path / "store") == content(tiny_store.folder)
+    assert content(tmp_path / "store") == expected
     assert not list((tmp_path / "store" / "work").iterdir())
 
 

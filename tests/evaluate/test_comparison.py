@@ -39,7 +39,8 @@ def unguided(tiny_config: Config, tiny_store: Store, tmp_path: Path) -> Run:
 
 def test_rows(tiny_run: Run, unguided: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "efficientnet_lite0", Thumbnail)
-    monkeypatch.setattr(import_module("ldm_sg.evaluate.kernel_distance"), "GROUPS", 4)  # not the function
+    for module in (comparison, import_module("ldm_sg.evaluate.kernel_distance")):  # not the function
+        monkeypatch.setattr(module, "GROUPS", 4)
     options = tiny_run.config.sample
     rows = compare_guidance(tiny_run, unguided, 8, [1.0, 2.0], options, silent)
     assert [(row.run, row.scale) for row in rows] == [("tiny", 1.0), ("tiny", 2.0), ("unguided", 0.0)]
@@ -52,6 +53,13 @@ def test_rows(tiny_run: Run, unguided: Run, monkeypatch: pytest.MonkeyPatch) -> 
 def test_other_differences_are_refused(tiny_run: Run, unguided: Run) -> None:
     longer = replace(unguided, config=replace(unguided.config, train=replace(unguided.config.train, steps=7)))
     with pytest.raises(ValueError, match=r"must differ in model\.guided alone, got \['train\.steps: 6 != 7'\]"):
-        compare_guidance(tiny_run, longer, 8, [1.0], tiny_run.config.sample, silent)
+        compare_guidance(tiny_run, longer, 1024, [1.0], tiny_run.config.sample, silent)
     with pytest.raises(ValueError, match=r"must differ in model\.guided alone"):
-        compare_guidance(tiny_run, tiny_run, 8, [1.0], tiny_run.config.sample, silent)
+        compare_guidance(tiny_run, tiny_run, 1024, [1.0], tiny_run.config.sample, silent)
+
+
+def test_impossible_requests_are_refused_at_once(tiny_run: Run) -> None:
+    with pytest.raises(ValueError, match=r"sample\.scale: got nan, expected a finite number"):
+        compare_guidance(tiny_run, tiny_run, 1024, [1.0, float("nan")], tiny_run.config.sample, silent)
+    with pytest.raises(ValueError, match=r"--n: got 0, expected at least \d+ images per row"):
+        compare_guidance(tiny_run, tiny_run, 0, [1.0], tiny_run.config.sample, silent)

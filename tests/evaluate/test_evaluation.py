@@ -116,7 +116,7 @@ def test_guidance_that_images_do_not_show(scene_run: Run, tmp_path: Path, monkey
     run = replace(scene_run, path=shutil.copytree(scene_run.path, tmp_path / "run"))
     found = evaluate(run, run.config.sample, silent)
     assert not {"agreement", "mask_agreement", "agreement_ceiling"} & found.numbers.keys()
-    assert [row[0].split(",")[0] for row in number_rows(found.numbers)] == [
+    assert [row[0].split(",")[0] for row in number_rows(found.numbers, run.facts)] == [
         "generated images nearer to a training image than real ones are",
         "reconstruction of training images",
     ]

@@ -49,7 +49,7 @@ def test_page_needs_nothing_else(tiny_run: Run, tmp_path: Path) -> None:
         assert kind == "data:image/jpeg;base64"
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
             assert min(picture.size) > 100
-    for what, measured, verdict in number_rows(json.loads((run.path / "metrics.json").read_text())):
+    for what, measured, verdict in number_rows(json.loads((run.path / "metrics.json").read_text()), run.facts):
         assert f"<td>{what}</td><td>{measured}</td><td>{verdict}</td>" in text
     assert "<polyline" in text and "24 images of images at 64 px, 3 clusters, 6 steps" in text
 
@@ -62,13 +62,17 @@ def test_page_of_an_unguided_run(tiny_config: Config, tiny_store: Store, tmp_pat
     assert "Guided, w" not in text and "Unguided, w = 0" in text
 
 
-def test_verdicts() -> None:
-    rows = [(measured, verdict) for _, measured, verdict in number_rows(NUMBERS)]
+def test_verdicts(tiny_run: Run) -> None:
+    demo = replace(tiny_run.facts, dataset="elpv", autoencoder="patch-pca")
+    rows = [(measured, verdict) for _, measured, verdict in number_rows(NUMBERS, demo)]
     assert rows[0] == ("85.0%", "at least 85.0%: holds")
     assert rows[1] == ("0.250", "at most 0.250: MISSED")
     assert rows[2] == ("3.0%", "at most 3.0%: holds")
     assert rows[3] == ("3.0%", "at most 3.0%: MISSED")
     assert [measured for measured, verdict in rows if not verdict] == ["36.0", "90.0%", "0.100"]
+    for other in ({"dataset": "/my/photos"}, {"autoencoder": "kl-f8"}):
+        free = number_rows(NUMBERS, replace(demo, **other))
+        assert [(measured, "") for measured, _ in rows] == [(measured, verdict) for _, measured, verdict in free]
 
 
 @pytest.mark.parametrize("records", [1, 2, 500])

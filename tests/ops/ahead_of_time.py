@@ -14,8 +14,8 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 from unittest import mock
 
 import torch
@@ -37,28 +37,49 @@ POINTERS = {
 _known: dict[object, MachineCode] = {}
 
 
-class MachineCode(NamedTuple):
-    """What a kernel became."""
+class MachineCode:
+    """What a kernel became.
 
-    name: str
-    registers: int  # per thread
-    stack: int  # bytes per thread
-    spills: int  # instructions that read or write a thread's local memory
-    shared: int  # bytes per program
-    sass: str  # the disassembly, to search for instructions: "HGMMA", "LDG.E.128"
+    Attributes:
+        registers: per thread.
+        stack: bytes per thread; what does not fit into the registers lies there.
+        shared: bytes per program.
+    """
+
+    def __init__(self, name: str, cubin: bytes, shared: int):
+        self.name, self.cubin, self.shared = name, cubin, shared
+        usage = self._show(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
+        self.registers, self.stack = (int(re.findall(rf"\b{what}:(\d+)", usage)[-1]) for what in ("REG", "STACK"))
+
+    @cached_property
+    def sass(self) -> str:
+        """The disassembly, which takes as long as the compilation: "HGMMA", "LDG.E.128"."""
+        return self._show(triton.knobs.nvidia.nvdisasm.path, "-c")
+
+    @property
+    def spills(self) -> int:
+        """Instructions that read or write a thread's stack."""
+        return len(re.findall(r"\b(?:LDL|STL)\b", self.sass)) if self.stack else 0
+
+    def _show(self, *command: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            return subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
 
 
 @contextlib.contextmanager
-def compiling(architecture: int) -> Iterator[list[MachineCode]]:
+def compiling(architecture: int, **forced: int) -> Iterator[list[MachineCode]]:
     """Compile each kernel launched inside for `architecture` (90 for sm_90) instead of running it, each variant once.
 
-    Tensors may be on any device, "meta" included; they count as aligned to 16 bytes, as torch allocates them.
+    Tensors may be on any device, "meta" included; they count as aligned to 16 bytes, as torch allocates them. Options
+    of the compiler may be forced: maxnreg=64.
     """
     kernels: list[MachineCode] = []
 
     def run(kernel: JITFunction, *args: Any, grid: object, warmup: bool, **given: Any) -> None:
-        options = {name: value for name, value in given.items() if name not in kernel.arg_names}
-        bound = kernel.signature.bind(*args, **{name: given[name] for name in given if name not in options})
+        options = {name: value for name, value in given.items() if name not in kernel.arg_names} | forced
+        bound = kernel.signature.bind(*args, **{name: given[name] for name in given if name in kernel.arg_names})
         bound.apply_defaults()
         kernels.append(_compile(kernel, bound.arguments, options, architecture))
 
@@ -79,7 +100,7 @@ def _compile(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, 
         attributes = {(i,): [["tt.divisibility", 16]] for i in places}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
         built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-        _known[key] = _read(built.asm["cubin"], kernel.fn.__name__, built.metadata.shared)
+        _known[key] = MachineCode(kernel.fn.__name__, built.asm["cubin"], built.metadata.shared)
     return _known[key]
 
 
@@ -90,18 +111,3 @@ def _type(value: object) -> str:
         return "fp32"
     assert isinstance(value, int), f"got {value!r}, expected a tensor or a number"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def _read(cubin: bytes, name: str, shared: int) -> MachineCode:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _run(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path))
-        sass = _run(triton.knobs.nvidia.nvdisasm.path, "-c", str(path))
-    registers, stack = (int(re.findall(rf"\b{what}:(\d+)", usage)[-1]) for what in ("REG", "STACK"))
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))  # with spills REG can read low, so the instructions are counted
-    return MachineCode(name, registers, stack, spills, shared, sass)
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

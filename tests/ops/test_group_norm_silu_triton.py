@@ -228,6 +228,12 @@ def test_no_kernel_spills(ahead_of_time: SimpleNamespace, architecture: int, dir
         check_code(ahead_of_time, architecture, site, direction)
 
 
+def test_spills_would_be_seen(ahead_of_time: SimpleNamespace) -> None:
+    with ahead_of_time.compiling(80, maxnreg=64) as compiled:
+        launch(FULLEST[0], "backward")
+    assert all(code.registers <= 64 and code.stack > 0 and code.spills > 0 for code in compiled) and compiled
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("architecture", [80, 90, 100])

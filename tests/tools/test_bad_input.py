@@ -253,6 +253,13 @@ def test_checkpoint_of_another_run(refused: Any, place: Path) -> None:
     assert "another run's configuration made it: model.heads 2 != 1" in line
 
 
+def test_checkpoint_for_latents_of_another_size(refused: Any, place: Path) -> None:
+    facts = json.loads((place / "runs" / "tiny" / "store.json").read_text())
+    (place / "runs" / "tiny" / "store.json").write_text(json.dumps(facts | {"latent_shape": [16, 8, 8]}))
+    line = refused("sample_grid.py", "--run", "tiny", cwd=place)
+    assert "another run's configuration made it: latent size [4, 4] != [8, 8]" in line
+
+
 def test_newer_run(refused: Any, place: Path) -> None:
     facts = json.loads((place / "runs" / "tiny" / "store.json").read_text())
     (place / "runs" / "tiny" / "store.json").write_text(json.dumps(facts | {"from_the_future": 1}))
@@ -275,6 +282,7 @@ def test_impossible_samples(flags: tuple[Any, ...], word: str, refused: Any, pla
         (("--cluster", 0, "--interpolate"), "expected two of --cluster"),
         (("--trace",), "got no --cluster"),
         (("--cluster", 0, "--image", "missing.png"), "no image at missing.png"),
+        (("--cluster", 0, "--image", "runs/tiny/store.json"), "--image runs/tiny/store.json: not an image"),
         (("--guidance-interval", 2, 1), "sample.guidance_interval: got [2.0, 1.0]"),
         (("--steps", 2, "--sampler", "ddpm", "--scale", "inf"), "sample.scale"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm_sg.model import UNet
@@ -124,6 +124,16 @@ def test_fields_that_differ_are_named(other: dict[str, Any], words: str, tmp_pat
     with pytest.raises(ValueError, match="another run's configuration") as raised:
         load_weights(UNet(**settings, heads=2), tmp_path / "other.safetensors")
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("name", checkpoint.FILES[:2])
+def test_weights_that_are_no_numbers_are_not_trained_on(name: str, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "checkpoints", 2, *state(0), keep=1)
+    weights = load_file(folder / name)
+    next(iter(weights.values())).flatten()[0] = float("nan")
+    save_file(weights, folder / name)
+    with pytest.raises(ValueError, match=rf"{name}: \S+ holds values that are no numbers: put another .*--run NEW"):
+        load_checkpoint(folder, *state(1))
 
 
 def test_settings_that_no_shape_tells_are_compared(tmp_path: Path) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +15,6 @@ from ldm_sg.store import Store
 from ldm_sg.train import Run, start_processes
 from ldm_sg.train.distributed import Processes
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -27,6 +23,11 @@ def losses(run: Path) -> list[float]:
 def test_shares_cover_the_batch_once() -> None:
     shares = [Processes(rank, 4, torch.device("cpu")).share(12) for rank in range(4)]
     assert np.concatenate([np.arange(12)[share] for share in shares]).tolist() == list(range(12))
+
+
+def test_a_batch_that_cannot_be_shared() -> None:
+    with pytest.raises(ValueError, match=r"train.batch_size: got 4, expected a multiple of 3 processes"):
+        Processes(0, 3, torch.device("cpu")).share(4)
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,13 +41,12 @@ def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) 
     assert not torch.distributed.is_initialized()
 
 
-def test_two_processes_train_as_one(tiny_run: Run, tiny_store: Store, tiny_yaml: Path, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    tool = [str(ROOT / "tools" / "train_ldm.py"), "--store", str(tiny_store.folder), "--config", str(tiny_yaml)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, *tool, "--run", "two"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+def test_two_processes_train_as_one(
+    processes: Any, tiny_run: Run, tiny_store: Store, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    command = ("train_ldm.py", "--store", tiny_store.folder, "--config", tiny_yaml, "--run", "two")
+    done, other = processes(*command)
+    assert other.returncode == 0 and other.stdout == "", "one process speaks"
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout and done.stdout.count("done: runs/two") == 1
     np.testing.assert_allclose(losses(tmp_path / "runs" / "two"), losses(tiny_run.path), rtol=1e-4)
@@ -56,3 +56,6 @@ def test_two_processes_train_as_one(tiny_run: Run, tiny_store: Store, tiny_yaml:
     )
     far = [np.abs(one[name] - two[name]).max() for name in one]
     assert max(far) < 1e-3, "six steps of lr 1e-3 move a weight by up to 6e-3"
+    for refused in processes(*command, "train.lr=0.5"):
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr
+        assert "error: run two differs in train.lr: 0.001 != 0.5: name another with --run NEW\n" in refused.stderr

@@ -170,11 +170,6 @@ def test_batch_holds_images_or_mirror_images(trainer: Trainer, tiny_store: Store
     assert 0.85 < torch.cat(kept).mean() < 0.95  # drop_prob is 0.1
 
 
-def test_batch_must_divide_among_processes(tiny_run: Run, tiny_store: Store) -> None:
-    with pytest.raises(ValueError, match=r"train.batch_size: got 4, expected a multiple of 3 processes"):
-        Trainer(tiny_run, tiny_store, Processes(0, 3, torch.device("cpu")))
-
-
 def test_learning_rate() -> None:
     constant = TrainConfig(lr=2.0, warmup_steps=4, steps=104)
     assert [learning_rate(step, constant) for step in (0, 1, 3, 4, 103)] == [0.5, 1.0, 2.0, 2.0, 2.0]

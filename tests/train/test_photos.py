@@ -63,6 +63,16 @@ def test_bad_images_are_listed_once(image_folder: Path) -> None:
     assert made.quarantine.read_text().splitlines() == lines
 
 
+def test_processes_count_bad_images_together(image_folder: Path) -> None:
+    for key in photos(image_folder).trained[:3]:
+        (image_folder / key).write_bytes(b"nothing")
+    pair = [photos(image_folder).stream(0, Processes(rank, 2, torch.device("cpu"))) for rank in (0, 1)]
+    with pytest.raises(ValueError, match=r"3 of 24 images cannot be read"):
+        for _ in zip(*pair):
+            pass
+    assert len(photos(image_folder).bad) == 3
+
+
 def test_too_many_bad_images(image_folder: Path) -> None:
     for key in photos(image_folder).trained[:3]:
         (image_folder / key).write_bytes(b"nothing")

@@ -23,6 +23,7 @@ from ldm_sg.train.photos import Photos
 from ldm_sg.train.vae import VAETrainer, measure, resume_or_create, train_vae
 
 diffusers = pytest.importorskip("diffusers")
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     "vae.widths=[32,32,32]",
     "vae.num_blocks=1",
@@ -197,6 +198,42 @@ def test_images_to_autoencoder_to_store_to_training(
     done = tool("train_ldm.py", "--config", tiny_yaml, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "autoencoder: kl-f8=" in done.stdout and "latent_channels: 4" in done.stdout
+
+
+WITHOUT_BATCH_STATISTICS = """
+import runpy, sys
+import torch
+
+torch.nn.BatchNorm2d.forward = lambda self, x: x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_two_processes_train_as_one(
+    tool: Callable[..., Any], processes: Callable[..., Any], whole: Path, tmp_path: Path
+) -> None:
+    """Two processes are killed in their second step and go on; statistics of a batch would be each process's own."""
+    (tmp_path / "train_vae.py").write_text(WITHOUT_BATCH_STATISTICS)
+    settings = ("vae.widths=[32,32]", "vae.num_blocks=1", "vae.perceptual_weight=0", "vae.adversarial_from=1")
+    settings += ("train.batch_size=4", "train.steps=3", "train.log_every=1", "train.checkpoint_every=1")
+    settings += ("train.lr=1e-4", "train.warmup_steps=1", "train.sample_every=0", "train.precision=fp32")
+    images = ("--dataset", whole.parent / "images", "--size", 32)
+    command = (tmp_path / "train_vae.py", ROOT / "tools" / "train_vae.py", *images, *settings)
+    done = tool(*command, "--run", "one")
+    assert done.returncode == 0, done.stderr
+    killed, _ = processes(*command, "--run", "two", die_at=("torch.optim:AdamW.step", 2))
+    assert killed.returncode == -9, killed.stderr
+    done, _ = processes(*command, "--run", "two")
+    assert done.returncode == 0 and "step 1 of 3, batch 4, 2 process(es)" in done.stdout, done.stderr
+    one, two = (tmp_path / "autoencoders" / name for name in ("one", "two"))
+    for alone, shared in zip(records(one), records(two), strict=True):
+        assert alone == pytest.approx(shared, rel=1e-4)
+    alone, shared = (torch.load(path / "checkpoints" / "step-00000003" / "optimizer.pt") for path in (one, two))
+    gradients, again = ([s["exp_avg"] for s in made["optimizer"]["state"].values()] for made in (alone, shared))
+    assert len(gradients) == len(again)
+    for a, b in zip(gradients, again):  # weights without a gradient (a bias that is normalised away) follow rounding
+        assert (a - b).norm() < 1e-3 * a.norm() + 1e-6
 
 
 @pytest.mark.parametrize(
