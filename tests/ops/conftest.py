@@ -1,4 +1,4 @@
-"""Ways to check GPU kernels where there is no GPU: Triton's interpreter, and compilation ahead of time."""
+"""Ways to check kernels: tensors full of NaN, Triton's interpreter, and compilation ahead of time for GPUs."""
 
 from __future__ import annotations
 
@@ -39,3 +39,12 @@ def ahead_of_time(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNa
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "ahead_of_time.py")))
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Every uninitialised tensor is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

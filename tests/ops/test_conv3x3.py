@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -59,15 +59,6 @@ def both_ways(run: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]
     y = run(*leaves)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].dtype).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-
-
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """Every uninitialised tensor is full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def test_equals_the_formula() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -139,15 +139,6 @@ def gradients(run: Callable[..., Tensor], tensors: list[Tensor | None], dy: Tens
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     y = run(*leaves, *rest)
     return list(torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype)))
-
-
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """Every uninitialised tensor is full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @kernel
