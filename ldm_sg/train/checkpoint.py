@@ -20,6 +20,7 @@ from ldm_sg.train.ema import EMA
 Settings = Mapping[str, object]
 """Field -> value, as JSON has it."""
 FILES = ("network.safetensors", "ema.safetensors", "optimizer.pt")
+ANOTHER_RUN = "bring back the config.yaml that it was trained with, or train into another --run"
 
 
 def save_checkpoint(
@@ -111,8 +112,9 @@ def load_weights(network: nn.Module, path: Path, settings: Settings | None = Non
     with safe_open(path, "pt") as file:
         kept = json.loads((file.metadata() or {}).get("settings", "{}"))
     other = [f"{n} {kept[n]} != {v}" for n, v in (settings or {}).items() if n in kept and kept[n] != v]
+    misfit = f"{path} does not fit this network, another run's configuration made it"
     if other:
-        raise ValueError(f"{path} does not fit this network, another run's configuration made it: {'; '.join(other)}")
+        raise ValueError(f"{misfit}: {'; '.join(other)}; {ANOTHER_RUN}")
     broken = next((name for name, t in weights.items() if not t.isfinite().all()), None)
     if broken:
         raise ValueError(f"{path}: {broken} holds values that are no numbers: {_way_on(path)}")
@@ -120,7 +122,7 @@ def load_weights(network: nn.Module, path: Path, settings: Settings | None = Non
         network.load_state_dict(weights)
     except RuntimeError as error:
         said = f"{_fields_that_differ(weights, network)}: {' '.join(str(error).split())[:120]}"
-        raise ValueError(f"{path} does not fit this network, another run's configuration made it; {said}") from error
+        raise ValueError(f"{misfit}; {said}; {ANOTHER_RUN}") from error
 
 
 def _fields_that_differ(found: dict[str, torch.Tensor], network: nn.Module) -> str:
