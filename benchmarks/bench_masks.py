@@ -72,13 +72,17 @@ def write_tiles(folder: Path, images: np.ndarray) -> Path:
     return folder
 
 
-def scores(maps: Tensor, truth: np.ndarray, seed: int) -> tuple[str, str]:
-    """Give the mIoU of STEGO and of k-means on features (N, h, w, D)."""
-    stego = fit_masks(lambda ids: maps[torch.from_numpy(ids)], len(maps), KINDS, seed, STEGO)(maps, SIDE).numpy()
-    flat = F.normalize(maps, dim=-1).flatten(0, 2).numpy()
-    plain = fit_kmeans(flat, KINDS, seed=seed).labels.reshape(maps.shape[:3]).repeat(STRIDE, 1).repeat(STRIDE, 2)
-    found = (match_and_score(count_pairs(masks, truth, KINDS, KINDS)).mean_iou for masks in (stego, plain))
-    return tuple(f"{score:.3f}" for score in found)
+def scores(maps: Tensor, truth: np.ndarray, seed: int) -> dict[str, str]:
+    """Give the mIoU of STEGO, which resizes codes, and of k-means on features (N, h, w, D), as they are and resized."""
+    stego = fit_masks(lambda ids: maps[torch.from_numpy(ids)], len(maps), KINDS, seed, STEGO)(maps, SIDE)
+    plain = fit_kmeans(F.normalize(maps, dim=-1).flatten(0, 2).numpy(), KINDS, seed=seed)
+    places = plain.labels.reshape(maps.shape[:3]).repeat(STRIDE, 1).repeat(STRIDE, 2)
+    large = (F.interpolate(one[None].permute(0, 3, 1, 2), (SIDE, SIDE), mode="bilinear")[0] for one in maps)
+    centroids = torch.from_numpy(plain.centroids)
+    resized = [torch.cdist(F.normalize(x, dim=0).permute(1, 2, 0), centroids[None]).argmin(-1) for x in large]
+    masks = {"stego": stego.numpy(), "kmeans": places, "kmeans_resized": torch.stack(resized).numpy()}
+    pairs = {name: count_pairs(found, truth, KINDS, KINDS) for name, found in masks.items()}
+    return {f"{name}_miou": f"{match_and_score(counts).mean_iou:.3f}" for name, counts in pairs.items()}
 
 
 def measure(seed: int, network: Path) -> dict[str, object]:
@@ -88,10 +92,9 @@ def measure(seed: int, network: Path) -> dict[str, object]:
         train_backbone(open_source(str(write_tiles(Path(tiles), images))), network, replace(RECIPE, seed=seed))
     row = {"seed": seed, "scenes": SCENES, "textures": KINDS, "steps": RECIPE.steps}
     backbone, x = load_backbone(str(network)), to_model_range(images)
-    row["stego_miou"], row["kmeans_miou"] = scores(backbone.dense(x), truth, seed)
+    row |= scores(backbone.dense(x), truth, seed)
     backbone.windowed = False
-    row["patch_stego_miou"], row["patch_kmeans_miou"] = scores(backbone.dense(x), truth, seed)
-    return row
+    return row | {f"patch_{name}": score for name, score in scores(backbone.dense(x), truth, seed).items()}
 
 
 def main(args: argparse.Namespace) -> None:
