@@ -1,16 +1,18 @@
 """STEGO's masks against k-means on the same features, of a small network that tools/train_features.py trains.
 
 python benchmarks/bench_masks.py
-python benchmarks/bench_masks.py --network features/scenes
+python benchmarks/bench_masks.py --seeds 3 4 --networks features/scenes
 
 Generated scenes have two to four regions of other textures and one mean colour. The network sees tiles of these scenes
-alone; a place's feature is what it gives of the window around it. mIoU is after Hungarian matching.
+alone; a place's feature is what it gives of the window around it, as `--kind masks` has it of such a network, or of the
+patch. mIoU is after Hungarian matching.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -70,38 +72,48 @@ def write_tiles(folder: Path, images: np.ndarray) -> Path:
     return folder
 
 
-@torch.no_grad()
-def features_of(network: Path, images: np.ndarray) -> Tensor:
-    """Give the features of the windows around all places, (N, h, w, D)."""
-    backbone, cells, border = load_backbone(str(network)), SIDE // STRIDE, (WINDOW - STRIDE) // 2
-    x = F.pad(to_model_range(images), 4 * [border], mode="reflect")
-    windows = x.unfold(2, WINDOW, STRIDE).unfold(3, WINDOW, STRIDE)  # (N, 3, h, w, WINDOW, WINDOW)
-    flat = windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, WINDOW, WINDOW)
-    return torch.cat([backbone.extract(part) for part in flat.split(512)]).reshape(len(images), cells, cells, -1)
+def scores(maps: Tensor, truth: np.ndarray, seed: int) -> dict[str, str]:
+    """Give the mIoU of STEGO, which resizes codes, and of k-means on features (N, h, w, D), as they are and resized."""
+    stego = fit_masks(lambda ids: maps[torch.from_numpy(ids)], len(maps), KINDS, seed, STEGO)(maps, SIDE)
+    plain = fit_kmeans(F.normalize(maps, dim=-1).flatten(0, 2).numpy(), KINDS, seed=seed)
+    places = plain.labels.reshape(maps.shape[:3]).repeat(STRIDE, 1).repeat(STRIDE, 2)
+    large = (F.interpolate(one[None].permute(0, 3, 1, 2), (SIDE, SIDE), mode="bilinear")[0] for one in maps)
+    centroids = torch.from_numpy(plain.centroids)
+    resized = [torch.cdist(F.normalize(x, dim=0).permute(1, 2, 0), centroids[None]).argmin(-1) for x in large]
+    masks = {"stego": stego.numpy(), "kmeans": places, "kmeans_resized": torch.stack(resized).numpy()}
+    pairs = {name: count_pairs(found, truth, KINDS, KINDS) for name, found in masks.items()}
+    return {f"{name}_miou": f"{match_and_score(counts).mean_iou:.3f}" for name, counts in pairs.items()}
+
+
+def measure(seed: int, network: Path) -> dict[str, object]:
+    """Draw scenes, train a network on their tiles, segment them by its windows, and by its patches for comparison."""
+    images, truth = map(np.stack, zip(*(scene(seed * SCENES + index) for index in range(SCENES))))
+    with TemporaryDirectory() as tiles:
+        train_backbone(open_source(str(write_tiles(Path(tiles), images))), network, replace(RECIPE, seed=seed))
+    row = {"seed": seed, "scenes": SCENES, "textures": KINDS, "steps": RECIPE.steps}
+    backbone, x = load_backbone(str(network)), to_model_range(images)
+    row |= scores(backbone.dense(x), truth, seed)
+    backbone.windowed = False
+    return row | {f"patch_{name}": score for name, score in scores(backbone.dense(x), truth, seed).items()}
 
 
 def main(args: argparse.Namespace) -> None:
-    images, truth = map(np.stack, zip(*(scene(seed) for seed in range(SCENES))))
+    rows = []
     with TemporaryDirectory() as place:
-        (tiles := Path(place) / "tiles").mkdir()
-        network = args.network or Path(place) / "network"
-        train_backbone(open_source(str(write_tiles(tiles, images))), network, RECIPE)
-        maps = features_of(network, images)
-    stego = fit_masks(lambda ids: maps[torch.from_numpy(ids)], SCENES, KINDS, 0, STEGO)(maps, SIDE).numpy()
-    plain = fit_kmeans(F.normalize(maps, dim=-1).flatten(0, 2).numpy(), KINDS, seed=0).labels.reshape(maps.shape[:3])
-    plain = plain.repeat(STRIDE, 1).repeat(STRIDE, 2)
-    scores = [match_and_score(count_pairs(masks, truth, KINDS, KINDS)).mean_iou for masks in (stego, plain)]
-    row = {"scenes": SCENES, "textures": KINDS, "steps": RECIPE.steps}
-    row |= {"stego_miou": f"{scores[0]:.3f}", "kmeans_miou": f"{scores[1]:.3f}"}
-    print(row)
+        for seed in args.seeds:
+            rows.append(measure(seed, (args.networks or Path(place)) / str(seed)))
+            print(rows[-1], flush=True)
     with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)
     print(RESULTS)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", type=Path, help="folder to train it in, or where it was; default a temporary one")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of scenes, network, STEGO and k-means")
+    parser.add_argument(
+        "--networks", type=Path, help="folder to train them in, or where they were; default a temporary one"
+    )
     main(parser.parse_args())

@@ -22,6 +22,8 @@ from ldm_sg.weights import HUB, PLACE, WAY_ON, from_hub, hash_weights
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 FOLDER_FILES, NORMALISATION = ("model.safetensors", "pytorch_model.bin"), "preprocessor_config.json"
+WINDOWS = "windows"  # as "dense" in `config.json`: of a network that learned how crops look, not patches
+WINDOWS_AT_ONCE = 256  # an image has as many windows as patches, and each is as large as a training crop
 HUGGING_FACE = ("vit", "vit_msn")  # model types whose token 0 is the class token and whose others are the patches
 
 
@@ -33,7 +35,7 @@ class Backbone:
             maps (B, D, h, w).
         size_px: side that images are resized to for `extract`.
         mean, std: per channel, of pixels in [0, 1].
-        definition: name and SHA-256 of the weights.
+        definition: name and SHA-256 of the weights; "dense" where `dense` gives windows.
     """
 
     projected, centred = False, True
@@ -49,6 +51,7 @@ class Backbone:
         self.device = choose_device()
         self.network = network.eval().requires_grad_(False).to(self.device)
         self.size_px, self.sha256 = size_px, str(definition["sha256"])
+        self.windowed = definition.get("dense") == WINDOWS
         self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
         self.definition = {**definition, "size_px": size_px, "mean": list(mean), "std": list(std)}
 
@@ -60,7 +63,17 @@ class Backbone:
         return self._run(self.network, x).float().cpu()
 
     def dense(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> last layer's features (B, h, w, D) float32; H, W multiples of `patch_px`."""
+        """Describe every patch: by the last layer's features, or by what `extract` gives of the window around it.
+
+        Args:
+            x: (B, 3, H, W) in [-1, 1]; H, W multiples of `patch_px`, and for windows at least `size_px`.
+        Returns:
+            (B, h, w, D) float32.
+        Source: ours, the windows: of a small network of `train_features` they tell textures apart, its patches do not
+            (docs/method.md).
+        """
+        if self.windowed:
+            return self._of_windows(x)
         found = self._run(self.network.forward_features, x)
         return (found.permute(0, 2, 3, 1) if found.ndim == 4 else self._grid(found, x)).float().cpu()
 
@@ -111,6 +124,15 @@ class Backbone:
         dtype = choose_dtype("auto", self.device)
         with autocast(self.device, torch.float16 if dtype == torch.float32 else dtype):
             return forward(normal.to(self.device, non_blocking=True))
+
+    def _of_windows(self, x: Tensor) -> Tensor:
+        p, side = self.patch_px, self.size_px
+        before, after = (side - p) // 2, side - p - (side - p) // 2
+        around = F.pad(x, (before, after, before, after), mode="reflect")
+        windows = around.unfold(2, side, p).unfold(3, side, p).permute(0, 2, 3, 1, 4, 5)  # (B, h, w, 3, side, side)
+        grid = windows.shape[:3]
+        parts = torch.arange(grid.numel()).split(WINDOWS_AT_ONCE)  # `windows` is a view, only a part is copied
+        return torch.cat([self.extract(windows[torch.unravel_index(part, grid)]) for part in parts]).unflatten(0, grid)
 
     def _padded(self, x: Tensor) -> Tensor:
         p, (h, w) = self.patch_px, x.shape[-2:]
@@ -209,7 +231,10 @@ def load_backbone(name: str, tensors: dict[str, np.ndarray] | None = None) -> Ba
     ) as error:  # what the libraries raise for a wrong file
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{file}: cannot be loaded as {settings.get('architecture', name)}: {reason}") from error
-    return Backbone(network, size_px, mean, std, {"name": name, "file": file.name, "sha256": sha256})
+    definition = {"name": name, "file": file.name, "sha256": sha256}
+    if settings.get("dense") == WINDOWS:
+        definition["dense"] = WINDOWS
+    return Backbone(network, size_px, mean, std, definition)
 
 
 def find_weights(name: str) -> tuple[str, Path]:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ldm_sg.annotate.backbones import WINDOWS
 from ldm_sg.data import ImageSource, batches, to_model_range
 from ldm_sg.hardware import autocast, choose_device, choose_dtype, decode_threads
 
@@ -124,7 +125,7 @@ class Training:
         os.replace(folder / "training.pt.part", folder / "training.pt")
         side = self.recipe.size_px
         about = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, side, side], "num_classes": 0}
-        config = {"architecture": ARCHITECTURE, "num_classes": 0, "model_args": self.recipe.network()}
+        config = {"architecture": ARCHITECTURE, "num_classes": 0, "model_args": self.recipe.network(), "dense": WINDOWS}
         _replace(folder / "config.json", json.dumps({**config, "pretrained_cfg": about}, indent=2).encode())
         weights = {n: t.contiguous().cpu() for n, t in self.teacher[0].state_dict().items()}
         _replace(folder / "model.safetensors", save(weights, {"format": "pt"}))

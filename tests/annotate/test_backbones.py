@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_sg import weights
-from ldm_sg.annotate import annotate
+from ldm_sg.annotate import annotate, backbones
 from ldm_sg.annotate.annotator import Annotator
 from ldm_sg.annotate.backbones import Backbone, load_backbone
 from ldm_sg.annotate.features import fit_features, load_features
@@ -101,6 +101,32 @@ def test_dense_features_of_another_size(tmp_path: Path, images: Tensor) -> None:
     save_vit(tmp_path / "vit")
     found = load_backbone(str(tmp_path / "vit"))
     assert found.dense(images).shape == found.keys(images).shape == (3, 6, 8, 16)
+
+
+@pytest.mark.parametrize(("p", "side"), [(8, 32), (7, 28)])  # 10.5 px around a patch of 7: one more below and right
+def test_windows_are_those_around_the_patches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p: int, side: int
+) -> None:
+    save_vit(tmp_path / "vit", patch_size=p, img_size=side)
+    settings = json.loads((tmp_path / "vit" / "config.json").read_text())
+    settings["pretrained_cfg"]["input_size"] = [3, side, side]
+    (tmp_path / "vit" / "config.json").write_text(json.dumps(settings))
+    patches = load_backbone(str(tmp_path / "vit"))
+    (tmp_path / "vit" / "config.json").write_text(json.dumps({**settings, "dense": backbones.WINDOWS}))
+    found = load_backbone(str(tmp_path / "vit"))
+    assert found.definition == {**patches.definition, "dense": "windows"}
+    x = torch.rand(2, 3, 5 * p, 6 * p, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    around, expected = np.pad(x.numpy(), ((0, 0), (0, 0), (32, 32), (32, 32)), "reflect"), torch.empty(2, 5, 6, 16)
+    for i, row, column in np.ndindex(2, 5, 6):
+        top, left = (32 + p * place - (side - p) // 2 for place in (row, column))
+        window = torch.from_numpy(around[i : i + 1, :, top : top + side, left : left + side])
+        expected[i, row, column] = patches.extract(window)[0]
+    sizes, extract = [], found.extract
+    monkeypatch.setattr(backbones, "WINDOWS_AT_ONCE", 7)
+    monkeypatch.setattr(found, "extract", lambda part: sizes.append(len(part)) or extract(part))
+    torch.testing.assert_close(found.dense(x), expected, atol=1e-5, rtol=0)
+    assert sizes == [7] * 8 + [4]
+    assert (patches.dense(x) - expected).abs().max() > 0.1 and torch.equal(patches.keys(x), found.keys(x))
 
 
 def test_registers_are_no_patches(tmp_path: Path, images: Tensor) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from ldm_sg.annotate import dino
+from ldm_sg.annotate import annotate, dino
 from ldm_sg.annotate.backbones import load_backbone
 from ldm_sg.annotate.dino import Recipe, Training, train_backbone, views
-from ldm_sg.data import open_source
+from ldm_sg.annotate.spatial import Segmentation
+from ldm_sg.config import AnnotateConfig
+from ldm_sg.data import load_images, open_source
 
 TINY = Recipe(size_px=32, patch_px=8, width=24, depth=1, heads=2, local_crops=2, steps=6, batch_size=6)
 
@@ -69,6 +75,29 @@ def test_saved_teacher_is_a_backbone(image_folder: Path, tmp_path: Path) -> None
     with torch.no_grad():
         torch.testing.assert_close(found.extract(x), training.teacher[0].eval()(x))
     assert found.patch_px == 8 and found.dense(x).shape == (3, 4, 4, 24)
+
+
+def test_masks_of_the_windows(image_folder: Path, tmp_path: Path) -> None:
+    source, folder = open_source(str(image_folder)), tmp_path / "network"
+    folder.mkdir()
+    Training(replace(TINY, size_px=24)).save(folder)
+    tiny = {"size_px": 64, "patch_px": 8, "clusters": [2], "batch_size": 16, "mask_steps": 2}
+    config = AnnotateConfig(str(image_folder), kind="masks", features=str(folder), **tiny)
+    store = annotate(config, source, tmp_path / "store", quiet=True)
+    assert store.manifest["provenance"]["features_definition"]["dense"] == "windows"
+    made, network = Segmentation.find(store, "masks2"), load_backbone(str(folder))
+    assert made is not None
+
+    def dense(x: torch.Tensor) -> torch.Tensor:
+        around = F.pad(x, (8, 8, 8, 8), mode="reflect")
+        rows = [
+            [network.extract(around[..., y : y + 24, x : x + 24]) for x in range(0, 64, 8)] for y in range(0, 64, 8)
+        ]
+        return torch.stack([torch.stack(row, 1) for row in rows], 1)
+
+    literal: Any = SimpleNamespace(dense=dense)
+    masks = replace(made, extractor=literal).clusters(load_images(source, store.keys, 64)[0])
+    assert len(np.unique(masks)) == 2 and (masks == store.column("masks2")).mean() > 0.99  # but for ties in last bits
 
 
 def test_unreadable_folder_is_refused(tmp_path: Path) -> None:
