@@ -121,7 +121,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 def test_fields_that_differ_are_named(other: dict[str, Any], words: str, tmp_path: Path) -> None:
     settings = {"channels": 4, "num_clusters": 3, "base": 8, "multipliers": (1,), "attention": (1,), "num_blocks": 1}
     save_file(UNet(**(settings | {"heads": 2} | other)).state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="another run's configuration.*bring back the config.yaml") as raised:
+    with pytest.raises(ValueError, match=r"another run's configuration.*bring back the config.yaml") as raised:
         load_weights(UNet(**settings, heads=2), tmp_path / "other.safetensors")
     assert words in str(raised.value)
 
