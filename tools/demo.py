@@ -29,7 +29,7 @@ COMMANDS = (
     f"python tools/sample_grid.py --run {RUN} --list",
     f"python tools/evaluate.py --run {RUN}",
 )
-REFERENCE_PROBE_S, REFERENCE_DEMO_S = 0.0094, 1330.0  # on 2 cores of an AMD EPYC, AVX2, fp32
+REFERENCE_PROBE_S, REFERENCE_DEMO_S = 0.0072, 1361.0  # on one core of an AMD EPYC, AVX2, fp32
 
 
 def main(args: argparse.Namespace) -> None:
