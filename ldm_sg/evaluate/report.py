@@ -84,10 +84,11 @@ def loss_curve(metrics: Path, width: int = 900, height: int = 260) -> str:
     window = max(1, len(loss) // 40)
     padded = np.concatenate([np.full(window - 1, loss[0]), loss])
     smooth = np.convolve(padded, np.ones(window) / window, "valid")
-    top, bottom, left = float(np.percentile(loss, 99)) * 1.05, float(loss.min()) * 0.95, 60
+    top, bottom = float(np.percentile(loss, 99)) * 1.05, float(loss.min()) * 0.95
+    left, right = 60, 30  # for the numbers
 
     def line(values: np.ndarray, colour: str, thickness: float) -> str:
-        x = left + (width - left - 10) * steps / steps[-1]
+        x = left + (width - left - right) * steps / steps[-1]
         y = 10 + (height - 40) * np.clip((top - values) / (top - bottom), 0, 1)
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
         return f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{thickness}"/>'
@@ -100,7 +101,7 @@ def loss_curve(metrics: Path, width: int = 900, height: int = 260) -> str:
         for v in np.linspace(bottom, top, 4)
     )
     marks += "".join(
-        text(left + (width - left - 10) * s / steps[-1], height - 8, "middle", f"{s:.0f}")
+        text(left + (width - left - right) * s / steps[-1], height - 8, "middle", f"{s:.0f}")
         for s in np.linspace(0, steps[-1], 5)
     )
     return (
