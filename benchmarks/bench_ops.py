@@ -52,7 +52,7 @@ def plain_torch() -> Iterator[None]:
 
 
 class Training:
-    """Training steps as `ldm_sg.train` takes them, on one batch that is at hand."""
+    """Training steps as `ldm_sg.train` takes them but for Muon, which no op touches, on one batch that is at hand."""
 
     def __init__(self, network: UNet, dtype: torch.dtype, batch: int):
         self.network, self.dtype = network.train(), dtype

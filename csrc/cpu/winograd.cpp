@@ -242,6 +242,7 @@ Tensor forward(Tensor x, Tensor packed, Tensor bias) {
   const int64_t channels = bias.size(0);
   const int64_t values = round_up(channels, PANEL) * POINTS * in.channels;
   STD_TORCH_CHECK(packed.numel() == values, "expected weights for these maps");
+  for (const Tensor& t : {packed, bias}) STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "expected float32");
   Tensor y = torch::stable::new_empty(x, std::vector{in.batch, in.height, in.width, channels});
   const Map out(y);
   const int64_t threads = torch::stable::get_num_threads(), share = (in.tiles() + threads - 1) / threads;
@@ -305,6 +306,8 @@ void gather_weights(const float* sums, int64_t inputs, int64_t outputs, int64_t 
 // x (B, H, W, C), dy (B, H, W, O): dw (O, 3, 3, C) = G^T [ sum over tiles of (B^T d B) . (A dy A^T) ] G, float32.
 Tensor weight_gradient(Tensor x, Tensor dy) {
   const Map in(x), out(dy);
+  const bool alike = in.batch == out.batch && in.height == out.height && in.width == out.width;
+  STD_TORCH_CHECK(alike && dy.scalar_type() == x.scalar_type(), "expected dy as x");
   const int64_t columns = round_up(out.channels, PANEL), tiles = in.tiles();
   Tensor dw = torch::stable::new_empty(x, std::vector<int64_t>{out.channels, 3, 3, in.channels}, ScalarType::Float);
   const std::unique_ptr<float[]> sums(new float[POINTS * in.channels * columns]);

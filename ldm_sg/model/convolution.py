@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -49,7 +51,10 @@ def packed(conv: nn.Conv2d, x: Tensor) -> Callable[[Tensor], Tensor]:
     if isinstance(conv, Conv3x3) and serves(x, conv.weight, conv.bias):
         weight, bias = pack(conv.weight), conv.bias
         return lambda x: conv3x3_packed(x, weight, bias)
-    if x.dtype != torch.float32 or not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):
+    if x.dtype != torch.float32:  # under autocast: cast once, and not in every call
+        typed = copy.deepcopy(conv).to(x.dtype)
+        return functools.partial(nn.Conv2d.forward, typed)
+    if not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):
         return conv.forward
     where = ([*conv.padding], [*conv.stride], [*conv.dilation], conv.groups)
     weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *where, [*x.shape])

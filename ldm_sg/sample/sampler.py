@@ -174,7 +174,7 @@ class Sampler:
         sample, eta = SAMPLERS[options.sampler], options.eta
         steps = linear_steps(sample, self.schedule, trajectory, self.parameterisation, eta)
         told: dict[str, Any] = {"noise": lambda i: noise.draw().to(self.device), "trace": trace}
-        with autocast(self.device, self.dtype):  # around all steps: bf16 weights are cast once
+        with autocast(self.device, self.dtype):
             networks, x = self._networks(requests, options), x.to(self.device)
             if steps is None:
                 return sample(self._denoise(networks, options), x, trajectory, eta=eta, **told)
