@@ -71,9 +71,11 @@ void for_blocks(const Shape& shape, int64_t first, int64_t count, const F& f) {
 double total(const float* values, int64_t count) {
   Vec sums{};
   for_vectors(count, [&](int64_t i, auto lanes) { sums += load(values + i, lanes); });
-  double sum = 0;
-  for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
-  return sum;
+  auto tree = std::bit_cast<std::array<double, LANES>>(__builtin_convertvector(sums, VecD));
+  for (int half = LANES / 2; half; half /= 2) {
+    for (int i = 0; i < half; ++i) tree[i] += tree[i + half];
+  }
+  return tree[0];
 }
 
 // Call f(row, rows, column, N vectors, lanes) along a block: by at most CHUNK rows, and by N vectors while they last.
@@ -108,15 +110,15 @@ void moments(const T* x, const Block& k, const float* shift, float* s1, float* s
 
 template <class T, bool SILU>
 void apply(const T* x, T* y, const Block& k, const Columns& of) {
-  const auto [mean, gain, offset, _] = of.values;
+  const float *gain = of.values[0], *offset = of.values[1];
   for (int64_t r = 0; r < k.rows; ++r) {
     for_wide<4>(k.columns, [=, row = r * k.stride](int64_t c, auto vectors, auto lanes) {
       constexpr int n = vectors;
       Vec z[n];
       for (int64_t i = 0, at = c; i < n; ++i, at += LANES) {
-        z[i] = (load(x + row + at, lanes) - load(mean + at)) * load(gain + at) + load(offset + at);
+        z[i] = load(x + row + at, lanes) * load(gain + at) + load(offset + at);
       }
-      for (int i = 0; i < n; ++i) store(y + row + c + i * LANES, SILU ? silu(z[i]) : z[i], lanes);
+      for (int i = 0; i < n; ++i) store(y + row + c + i * LANES, SILU ? silu<T>(z[i]) : z[i], lanes);
     });
   }
 }
@@ -135,7 +137,7 @@ void grad_sums(const T* x, const T* dy, float* dz, int64_t dz_stride, const Bloc
         const Vec xhat = (load(x + r * stride + at, lanes) - load(means + at)) * load(rstds + at);
         Vec d = load(dy + r * stride + at, lanes);
         if constexpr (SILU) {
-          const Vec z = xhat * load(gains + at) + load(offsets + at), s = sigmoid(z);
+          const Vec z = xhat * load(gains + at) + load(offsets + at), s = sigmoid<T>(z);
           d *= s * (z * (1.0f - s) + 1.0f);
         }
         store(dz + r * dz_stride + at, d, lanes);
@@ -275,8 +277,11 @@ void statistics(const Shape& shape, const T* x, int64_t first, int64_t count, do
   float* centre = scratch.of(0);
   for (int64_t c = 0; c < count && some; c += width) {
     float sum = 0;
-    for (int64_t i = 0; i < some; ++i) sum += load(x + (first + c + i % width) * step + i / width * next, 1)[0];
-    std::fill_n(centre + c, width, sum / some);
+    const T* at = x + (first + c) * step;
+    for (int64_t left = some; left > 0; left -= width, at += next) {
+      for (int64_t i = 0; i < std::min(left, width); ++i) sum += load(at + i * step, 1)[0];
+    }
+    std::fill_n(centre + c, width, sum / static_cast<float>(some));
   }
   sum_columns(shape, first, count, scratch, [&](const Block& k, int64_t channel, float* s1, float* s2) {
     const Columns of(shape.channels_last, channel, scratch);
@@ -292,10 +297,10 @@ void statistics(const Shape& shape, const T* x, int64_t first, int64_t count, do
 }
 
 // A task's means and rstds, a number per channel.
-void spread(const Shape& shape, int64_t count, const float* means, const float* rstds, Scratch& scratch) {
+void spread(const Shape& shape, int64_t count, const float* means, const float* rstds, float* mean, float* rstd) {
   for (int64_t c = 0; c < count; c += shape.width(), ++means, ++rstds) {
-    std::fill_n(scratch.of(0) + c, shape.width(), *means);
-    std::fill_n(scratch.of(1) + c, shape.width(), *rstds);
+    std::fill_n(mean + c, shape.width(), *means);
+    std::fill_n(rstd + c, shape.width(), *rstds);
   }
 }
 
@@ -304,10 +309,13 @@ template <class T>
 void forward_task(const Shape& shape, const T* x, T* y, int64_t n, int64_t first, int64_t count, const Affine& affine,
                   float* means, float* rstds, double eps, bool silu, Scratch& scratch) {
   statistics(shape, x, first, count, eps, scratch, means, rstds);
-  spread(shape, count, means, rstds, scratch);
-  float *rstd = scratch.of(1), *gain = scratch.of(3);
-  affine.write(n, first, count, gain, scratch.of(2));
-  for_vectors(count, [=](int64_t c, auto lanes) { store(rstd + c, load(rstd + c) * load(gain + c), lanes); });
+  float *gain = scratch.of(0), *offset = scratch.of(1), *mean = scratch.of(2), *rstd = scratch.of(3);
+  spread(shape, count, means, rstds, mean, rstd);
+  affine.write(n, first, count, gain, offset);
+  for_vectors(count, [=](int64_t c, auto) {
+    const Vec g = load(rstd + c) * load(gain + c);
+    store(gain + c, g), store(offset + c, load(offset + c) - load(mean + c) * g);
+  });
   for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
     const Columns of(shape.channels_last, channel, scratch);
     const auto run = silu ? apply<T, true> : apply<T, false>;
@@ -321,8 +329,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   const Shape shape = shape_of(x, groups);
   const Affine affine(shape, weight, bias, scale, shift);
   Tensor y = torch::stable::empty_like(x);
-  const std::vector<int64_t> size = {shape.batch, groups};
-  Tensor mean = torch::stable::new_empty(x, size, ScalarType::Float), rstd = torch::stable::empty_like(mean);
+  const auto statistics = [&] { return empty(x, std::array{shape.batch, groups}, ScalarType::Float); };
+  Tensor mean = statistics(), rstd = statistics();
   with_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const T* from = data<T>(x);
@@ -345,7 +353,7 @@ void backward_task(const Shape& shape, const T* dy, const T* x, T* dx, int64_t n
                    Scratch& scratch) {
   float *rstd = scratch.of(1), *gain = scratch.of(2), *offset = scratch.of(3);
   float *sum = scratch.s1(), *xhat_sum = scratch.s2();
-  spread(shape, count, means, rstds, scratch);
+  spread(shape, count, means, rstds, scratch.of(0), rstd);
   affine.write(n, first, count, gain, offset);
   const auto dz = [&](const Block& k) {
     if constexpr (std::is_same_v<T, float>) return dx + k.offset;
@@ -408,9 +416,9 @@ std::vector<Tensor> backward(
   STD_TORCH_CHECK(!scale || scale->scalar_type() == shift->scalar_type(), "expected scale and shift of one dtype");
   const Affine affine(shape, weight, bias, scale, shift);
   std::vector<Tensor> of = {torch::stable::empty_like(x)};
-  for (const Tensor& t : {weight, bias}) of.push_back(torch::stable::new_empty(t, std::vector{shape.channels}));
-  for (const auto& t : {scale, shift}) {
-    if (t) of.push_back(torch::stable::new_empty(*t, std::vector{shape.batch, shape.channels}));
+  for (int i = 0; i < 2; ++i) of.push_back(empty(weight, std::array{shape.channels}, weight.scalar_type()));
+  for (int i = 0; i < 2 && scale; ++i) {
+    of.push_back(empty(*scale, std::array{shape.batch, shape.channels}, scale->scalar_type()));
   }
   std::vector<float> sums(2 * shape.batch * shape.channels);
   float *s1 = sums.data(), *s2 = s1 + shape.batch * shape.channels;

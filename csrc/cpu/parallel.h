@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -36,6 +37,17 @@ const T* data(const Tensor& t) {
 template <class T>
 T* mutable_data(Tensor& t) {
   return static_cast<T*>(t.data_ptr());
+}
+
+// A new contiguous tensor on the device of `like`: what torch::stable::new_empty gives, which looks its operator up by
+// name at every call, longer than a small map takes.
+template <size_t N>
+Tensor empty(const Tensor& like, const std::array<int64_t, N>& size, ScalarType dtype) {
+  int32_t number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_aten_new_empty(like.get(), size.data(), N, &number, nullptr, nullptr, 0, nullptr, &made));
+  return Tensor(made);
 }
 
 }  // namespace ldm_sg

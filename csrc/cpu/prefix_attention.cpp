@@ -167,34 +167,12 @@ void unpack(Matrix<T>& from, int64_t first, int64_t rows, int64_t width, const T
   }
 }
 
-// Lanes I of (a, b).
-template <class V, int... I>
-inline V lanes(V a, V b, std::integer_sequence<int, I...>) {
-#if __has_builtin(__builtin_shufflevector)
-  return __builtin_shufflevector(a, b, I...);
-#else
-  using Index = std::conditional_t<std::is_same_v<V, Vec>, int32_t, int64_t>;
-  using Indices __attribute__((vector_size(sizeof(V)))) = Index;
-  return __builtin_shuffle(a, b, Indices{I...});
-#endif
-}
-
-using AllLanes = std::make_integer_sequence<int, LANES>;
-
 // A step of a transpose: lanes of a whose bit BIT is set trade places with those of b whose bit is not.
 template <int BIT, class V, int... I>
 inline void trade(V& a, V& b, std::integer_sequence<int, I...>) {
   const V first = lanes(a, b, std::integer_sequence<int, (I & BIT ? LANES + (I ^ BIT) : I)...>{});
   b = lanes(a, b, std::integer_sequence<int, (I & BIT ? LANES + I : I ^ BIT)...>{});
   a = first;
-}
-
-// All lanes joined by f, in a tree.
-template <int HALF = LANES / 2, class V, class F, int... I>
-inline auto folded(V v, const F& f, std::integer_sequence<int, I...> all) {
-  const V joined = f(v, lanes(v, v, std::integer_sequence<int, (I ^ HALF)...>{}));
-  if constexpr (HALF == 1) return joined[0];
-  else return folded<HALF / 2>(joined, f, all);
 }
 
 template <class V>
@@ -245,11 +223,6 @@ struct Sizes {
       : batch(q.size(0)), queries(q.size(1)), heads(q.size(2)), width(q.size(3)),
         prefix(prefix_ ? prefix_->size(1) : 0), keys(prefix + queries) {}
 };
-
-template <class V>
-inline auto sum_of(V v) {
-  return folded(v, [](V a, V b) { return a + b; }, AllLanes{});
-}
 
 // Let the vector that holds the last key end with keys of no weight.
 template <class T>
@@ -370,17 +343,13 @@ void with_types(ScalarType dtype, const F& f) {
   with_type(dtype, [&](auto element) { f(element, float{}); });
 }
 
-Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
-
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> k_prefix,
                                    std::optional<Tensor> v_prefix, double scale) {
   const Sizes n(q, k_prefix);
   const ScalarType dtype = q.scalar_type();
   const ScalarType wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
-  Tensor out = empty(q, {n.batch, n.queries, n.heads, n.width}, dtype);
-  Tensor lse = empty(q, {n.batch, n.heads, n.queries}, wide);
+  Tensor out = empty(q, std::array{n.batch, n.queries, n.heads, n.width}, dtype);
+  Tensor lse = empty(q, std::array{n.batch, n.heads, n.queries}, wide);
   with_types(dtype, [&]<class E, class T>(E, T) {
     const Heads<E> queries(q), keys(k), values(v), prefix_keys(k_prefix), prefix_values(v_prefix), result(out);
     T* sums = mutable_data<T>(lse);
@@ -396,7 +365,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor d_out, Tensor
                                                             std::optional<Tensor> v_prefix, Tensor out, Tensor lse,
                                                             double scale) {
   const Sizes n(q, k_prefix);
-  const auto of_rows = [&](int64_t rows) { return empty(q, {n.batch, rows, n.heads, n.width}, q.scalar_type()); };
+  const auto of_rows = [&](int64_t rows) {
+    return empty(q, std::array{n.batch, rows, n.heads, n.width}, q.scalar_type());
+  };
   Tensor dq = of_rows(n.queries), dk = of_rows(n.queries), dv = of_rows(n.queries);
   Tensor dk_prefix = of_rows(n.prefix), dv_prefix = of_rows(n.prefix);
   with_types(q.scalar_type(), [&]<class E, class T>(E, T) {

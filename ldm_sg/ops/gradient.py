@@ -38,11 +38,18 @@ def differentiable(op: OpOverload, save: Callable[..., None], gradients: Callabl
             with torch._C._AutoDispatchBelowAutograd():
                 return gradients(ctx, *given)
 
+    apply = super(torch.autograd.Function, Differentiable).apply  # without the part for functorch
+
     def run(*arguments: Any) -> Any:
-        if torch.is_grad_enabled():
+        if torch._C._are_functorch_transforms_active():
             return Differentiable.apply(*arguments)
+        if torch.is_grad_enabled():
+            return apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
+    def run_or_trace(*arguments: Any) -> Any:
+        return op(*arguments) if torch.compiler.is_compiling() else run(*arguments)
+
     torch.library.impl(op.name(), "Autograd")(run)
-    return lambda *arguments: (op if torch.compiler.is_compiling() else run)(*arguments)
+    return run_or_trace
