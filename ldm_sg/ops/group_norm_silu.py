@@ -149,7 +149,7 @@ def _fused(
     eps: float,
     silu: bool,
 ) -> Tensor:
-    return _run(_dense(x), weight, bias, scale, shift, groups, eps, silu)[0]
+    return _run(_dense(x), weight, bias, scale, shift, groups, eps, silu)
 
 
 def _is_map(x: Tensor, *_: object) -> bool:

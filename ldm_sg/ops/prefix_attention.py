@@ -142,7 +142,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_out: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # asked for once: checkpointing computes them on demand
     gradients = torch.ops.ldm_sg.prefix_attention_backward(d_out, *saved, ctx.scale)
     return *gradients[:3], *(gradients[3:] if saved[3] is not None else (None, None)), None
@@ -166,7 +166,7 @@ def _flops_backward(d_out: object, *shapes: Any, **__: object) -> int:
 
 
 def _ours(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor | None, v_prefix: Tensor | None, scale: float) -> Tensor:
-    return _run(q, k, v, k_prefix, v_prefix, scale)[0]
+    return _run(q, k, v, k_prefix, v_prefix, scale)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor | None, v_prefix: Tensor | None, scale: float) -> Tensor:
