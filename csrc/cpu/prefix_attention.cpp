@@ -20,6 +20,7 @@ constexpr int64_t QUERIES = 32;  // of a block: 32 x 72 scores are 9 KiB
 constexpr int64_t DEPTH = 128;   // of a product's sums at a time: 128 x 3 vectors are 12 KiB
 
 using ldm_sg::exp;
+using ldm_sg::larger;
 using ldm_sg::load;
 using ldm_sg::store;
 
@@ -30,6 +31,7 @@ inline VecD load(const double* p, int count = LANES) {
   return v;
 }
 inline void store(double* p, VecD v, int count = LANES) { std::memcpy(p, &v, count * sizeof(double)); }
+inline VecD larger(VecD a, VecD b) { return b > a ? b : a; }
 inline VecD exp(VecD v) {
   for (int i = 0; i < LANES; ++i) v[i] = std::exp(v[i]);
   return v;
@@ -175,11 +177,6 @@ inline void trade(V& a, V& b, std::integer_sequence<int, I...>) {
   a = first;
 }
 
-template <class V>
-inline V larger(V a, V b) {
-  return b > a ? b : a;  // NaN of a stays
-}
-
 template <int BIT, class V>
 inline void transpose_block(V (&rows)[LANES]) {
   if constexpr (BIT < LANES) {
@@ -239,7 +236,7 @@ void softmax(Matrix<T>& scores, int64_t rows, int64_t keys, T* inverse, T* lse) 
     close(row, keys);
     VecOf<T> m = load(row);
     for (int64_t j = LANES; j < keys; j += LANES) m = larger(m, load(row + j));
-    most[i] = folded(m, larger<VecOf<T>>, AllLanes{});
+    most[i] = folded(m, [](auto a, auto b) { return larger(a, b); }, AllLanes{});
   }
   for (int64_t i = 0; i < rows; ++i) {
     T* row = scores.at(i);

@@ -37,26 +37,26 @@ struct Half {
 
 inline Vec splat(float value) { return Vec{} + value; }
 
-// Numbers up to 65535 to and from 16 bits, and the larger and smaller of two (v where v is NaN): compilers know these
-// instructions, but do not find them.
+// Numbers up to 65535 to and from 16 bits, and the larger and smaller of two (a where either is NaN): compilers know
+// these instructions, but do not find them.
 #if defined(__AVX512F__)
 inline VecU widen(VecH v) { return std::bit_cast<VecU>(_mm512_cvtepu16_epi32(std::bit_cast<__m256i>(v))); }
 inline VecH narrow(VecU v) { return std::bit_cast<VecH>(_mm512_cvtepi32_epi16(std::bit_cast<__m512i>(v))); }
-inline Vec at_least(float low, Vec v) { return _mm512_max_ps(_mm512_set1_ps(low), v); }
-inline Vec at_most(float high, Vec v) { return _mm512_min_ps(_mm512_set1_ps(high), v); }
+inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(b, a); }
+inline Vec smaller(Vec a, Vec b) { return _mm512_min_ps(b, a); }
 #elif defined(__AVX2__)
 inline VecU widen(VecH v) { return std::bit_cast<VecU>(_mm256_cvtepu16_epi32(std::bit_cast<__m128i>(v))); }
 inline VecH narrow(VecU v) {
   const auto all = std::bit_cast<__m256i>(v);
   return std::bit_cast<VecH>(_mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
 }
-inline Vec at_least(float low, Vec v) { return _mm256_max_ps(_mm256_set1_ps(low), v); }
-inline Vec at_most(float high, Vec v) { return _mm256_min_ps(_mm256_set1_ps(high), v); }
+inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(b, a); }
+inline Vec smaller(Vec a, Vec b) { return _mm256_min_ps(b, a); }
 #else
 inline VecU widen(VecH v) { return __builtin_convertvector(v, VecU); }
 inline VecH narrow(VecU v) { return __builtin_convertvector(v, VecH); }
-inline Vec at_least(float low, Vec v) { return v < low ? splat(low) : v; }
-inline Vec at_most(float high, Vec v) { return v > high ? splat(high) : v; }
+inline Vec larger(Vec a, Vec b) { return b > a ? b : a; }
+inline Vec smaller(Vec a, Vec b) { return b < a ? b : a; }
 #endif
 
 inline Vec to_float(VecH bits, BFloat16) { return std::bit_cast<Vec>(widen(bits) << 16); }
@@ -165,15 +165,15 @@ inline constexpr float EXP_TERMS[][5] = {{0.50005144f, 0.16753727f, 0.041276816f
                                          {0.49999228f, 0.16667117f, 0.04189065f, 0.008312467f},
                                          {0.49999994f, 0.1666651964f, 0.0416684002f, 0.0083688563f, 0.0013814309f}};
 
-// e^(SIGN v): 0 and infinity where v is beyond -88 and 89, NaN for NaN. e^r is a polynomial of DEGREE 4, 5 or 6: 6 errs by
-// 6.1e-8 with its rounding; every degree costs about a fifteenth of silu, whose multiplications and additions bind.
+// e^(SIGN v): 0 and infinity where v is beyond -88 and 89, NaN for NaN. e^r is a polynomial of DEGREE 4, 5 or 6; 6 errs
+// by 6.1e-8 with its rounding. A degree costs a twelfth of silu, which its multiply-adds bind.
 //
 // e^v = 2^n e^r with n = round(v / ln 2).
 template <int SIGN = 1, int DEGREE = 6>
 inline Vec exp(Vec v) {
   constexpr float s = SIGN, low = SIGN > 0 ? -88.0f : -89.0f;
-  v = at_most(low + 177.0f, at_least(low, v));  // n from -127 to 128: exponents of 0 and of infinity
-  const float magic = 12583039.0f;              // 1.5 * 2^23 + 127: added, it leaves n + 127, an exponent, in the low bits
+  v = smaller(larger(v, splat(low)), splat(low + 177.0f));  // n from -127 to 128: exponents of 0 and of infinity
+  const float magic = 12583039.0f;  // 1.5 * 2^23 + 127: added, it leaves n + 127, an exponent, in the low bits
   const Vec shifted = v * (s * 1.44269504f) + magic;
   const Vec power = std::bit_cast<Vec>(std::bit_cast<VecI>(shifted) << 23);
   const Vec r = v - (shifted - magic) * (s * 0.69314718f);  // SIGN times r, to be exact
