@@ -204,10 +204,11 @@ def view_features(job: Job, encoders: Encoders, deviation: np.ndarray) -> tuple[
     for batch in job.stream(keys, "views"):
         x, side = batch["x"], job.config.size_px // autoencoder.downsample
         noise = scale * torch.randn(len(x), autoencoder.channels, side, side, generator=generator)
+        grain = torch.randn(x.shape, generator=generator)
         views = (
             x,
             crop_views(x, generator),
-            *(decoded_views(x, autoencoder, level * noise) for level in LATENT_NOISE),
+            *(decoded_views(x, autoencoder, level * noise, grain) for level in LATENT_NOISE),
         )
         found.append([extract(view).half().numpy() for view in views])
     sample, *views_of = [np.concatenate(parts).astype(np.float32) for parts in zip(*found, strict=True)]

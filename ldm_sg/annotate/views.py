@@ -38,14 +38,16 @@ def crop_views(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat(views).clamp_(-1, 1)  # rounding
 
 
-def decoded_views(x: Tensor, autoencoder: Autoencoder, noise: Tensor | None = None) -> Tensor:
+def decoded_views(
+    x: Tensor, autoencoder: Autoencoder, noise: Tensor | None = None, grain: Tensor | None = None
+) -> Tensor:
     """Encode and decode images: what a generated image could look like at best, or at a finite precision.
 
     Args:
         x: (B, 3, S, S) in [-1, 1].
         autoencoder: encodes and decodes.
-        noise: (B, C, h, w) added to the latents; None adds nothing.
+        noise, grain: as for `reconstruct`.
     Returns:
         (B, 3, S, S) in [-1, 1].
     """
-    return reconstruct(autoencoder, x, noise).clamp(-1, 1)
+    return reconstruct(autoencoder, x, noise, grain).clamp(-1, 1)

@@ -41,8 +41,11 @@ class Autoencoder(Protocol):
         """Moments -> a latent (B, C, h, w): the mean, plus deviation times `noise` where one is given."""
         ...
 
-    def decode(self, z: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, 3, H, W), roughly in [-1, 1]."""
+    def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W), roughly in [-1, 1]; a decoder that draws texture takes it from `noise`.
+
+        The noise is standard normal, (B, 3, H, W). Without it, and by decoders without texture, the mean is given.
+        """
         ...
 
     def tensors(self) -> dict[str, np.ndarray]:

@@ -35,7 +35,7 @@ class Identity:
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         return moments
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
         return z
 
     def tensors(self) -> dict[str, np.ndarray]:

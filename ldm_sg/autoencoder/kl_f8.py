@@ -140,7 +140,7 @@ class KLF8(Pretrained):
         mean, log_variance = moments.chunk(2, dim=1)
         return mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, C, h, w) -> (B, 3, 8h, 8w)."""
         return self._chunks(lambda part: self.network.decode(part).sample, z)
 

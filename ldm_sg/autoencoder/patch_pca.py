@@ -2,7 +2,8 @@
 
 An image is cut into p x p patches; a patch of 3 p^2 values is projected on the C leading eigenvectors of the patches'
 covariance. No other linear map of a patch to C numbers has a smaller squared error (Eckart & Young 1936). The decoder
-looks at the 3x3 latents around a patch, which hides the patches' borders and adds most of a decibel.
+looks at the 3x3 latents around a patch, which hides the patches' borders and adds most of a decibel. Its mean is
+smoother than a photograph; given noise, it draws the grain that the latents do not hold as well.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PARTS = ("basis", "mean", "kernel", "grain")
 LATENT_NOISE = 0.05  # of a generator, in units of the channels' root mean squares; docs/results.md
 
 
@@ -100,9 +102,9 @@ class PatchPCAFit:
         basis = vectors.flip(1)[:, : self.channels]  # (3 p^2, C)
         largest = basis.abs().argmax(0)
         basis = (basis * basis[largest, torch.arange(self.channels)].sign()).float()
-        alone = PatchPCA(basis, mean.float(), center_kernel(basis))
-        kernel = fit_decoder(alone, sample)
-        return PatchPCA(basis, mean.float(), alone.kernel if kernel is None else kernel)
+        alone = PatchPCA(basis, mean.float(), center_kernel(basis), torch.zeros(3, 3))
+        fitted = fit_decoder(alone, sample)
+        return alone if fitted is None else PatchPCA(basis, mean.float(), *fitted)
 
 
 def center_kernel(basis: Tensor) -> Tensor:
@@ -112,29 +114,43 @@ def center_kernel(basis: Tensor) -> Tensor:
     return kernel
 
 
-def fit_decoder(autoencoder: PatchPCA, sample: Iterable[Tensor]) -> Tensor | None:
+def fit_decoder(autoencoder: PatchPCA, sample: Iterable[Tensor]) -> tuple[Tensor, Tensor] | None:
     """Fit the linear map from 3x3 latents to the patch in their middle with the least squared error.
 
     Args:
         autoencoder: whose latents are decoded.
         sample: batches (B, 3, H, W) in [-1, 1].
     Returns:
-        (3 p^2, C, 3, 3) float32, or None without images. What PCA drops of a patch its neighbours know in part; and
-        as the latents are taken to carry white noise of LATENT_NOISE, they also mend what differs along the borders.
+        The kernel (3 p^2, C, 3, 3) and the grain (3, 3), float32; None without images. What PCA drops of a patch its
+        neighbours know in part; and as the latents are taken to carry white noise of LATENT_NOISE, they also mend what
+        differs along the borders. The grain is a root of the covariance that the colours of a pixel have around it.
     """
-    gram, target = None, None
+    gram, target, squares, pixels = 0.0, 0.0, 0.0, 0
     for x in sample:
         z = F.unfold(F.pad(autoencoder.encode(x), (1, 1, 1, 1), mode="replicate"), 3)  # (B, 9 C, L)
         z = z.transpose(1, 2).flatten(0, 1)  # (B L, 9 C)
         y = patches(x, autoencoder.downsample).flatten(0, 2) - autoencoder.mean  # (B L, 3 p^2)
-        gram = (0 if gram is None else gram) + (z.T @ z).double()
-        target = (0 if target is None else target) + (z.T @ y).double()
-    if gram is None or target is None:
+        gram, target = gram + (z.T @ z).double(), target + (z.T @ y).double()
+        squares, pixels = squares + _colour_products(y, y).double(), pixels + y.numel() // 3
+    if not isinstance(gram, Tensor) or not isinstance(target, Tensor):
         return None
     power = gram.diagonal()
     ridge = torch.diag(LATENT_NOISE**2 * power + 1e-6 * power.mean())  # what white noise adds to the Gram matrix
-    weights = torch.linalg.solve(gram + ridge, target).float()  # (9 C, 3 p^2)
-    return weights.T.reshape(-1, autoencoder.channels, 3, 3)
+    weights = torch.linalg.solve(gram + ridge, target)  # (9 C, 3 p^2)
+    cross = _colour_products(weights, target)
+    missed = squares - cross - cross.T + _colour_products(weights, gram @ weights)  # of (y - z w)^T (y - z w)
+    kernel = weights.float().T.reshape(-1, autoencoder.channels, 3, 3)
+    return kernel, _root(missed / pixels).float()
+
+
+def _colour_products(a: Tensor, b: Tensor) -> Tensor:
+    """Sum a's times b's values over rows and pixels, channel by channel: (N, 3 p^2), (N, 3 p^2) -> (3, 3)."""
+    return torch.einsum("ncp,ndp->cd", a.unflatten(1, (3, -1)), b.unflatten(1, (3, -1)))
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
 
 class PatchPCA:
@@ -143,12 +159,14 @@ class PatchPCA:
     Args:
         basis: (3 p^2, C) float32, orthonormal columns; the encoder.
         mean: (3 p^2,) float32.
-        kernel: (3 p^2, C, 3, 3) float32; the decoder, a convolution over the latents.
-    Source: Hotelling (1933); Eckart & Young (1936); the decoder is least squares.
+        kernel: (3 p^2, C, 3, 3) float32; the decoder's mean, a convolution over the latents.
+        grain: (3, 3) float32, what mixes white noise into the colours of the texture that latents do not hold.
+    Source: Hotelling (1933); Eckart & Young (1936); the decoder is least squares, its grain the isotropic noise of
+        probabilistic PCA (Tipping & Bishop 1999, eq. 2).
     """
 
-    def __init__(self, basis: Tensor, mean: Tensor, kernel: Tensor):
-        self.basis, self.mean, self.kernel = basis.contiguous(), mean.contiguous(), kernel.contiguous()
+    def __init__(self, basis: Tensor, mean: Tensor, kernel: Tensor, grain: Tensor):
+        self.basis, self.mean, self.kernel, self.grain = (t.contiguous() for t in (basis, mean, kernel, grain))
         self.downsample, self.channels = math.isqrt(len(basis) // 3), basis.shape[1]
         digest = hashlib.sha256(b"".join(t.tobytes() for t in self.tensors().values())).hexdigest()[:12]
         self.id = f"patch-pca-{self.downsample}x{self.channels}-{digest}"
@@ -162,15 +180,26 @@ class PatchPCA:
         """The mean itself: there is no variance to scale `noise` with."""
         return moments
 
-    def decode(self, z: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, 3, h p, w p)."""
+    def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) -> (B, 3, h p, w p): the mean, plus the grain that `noise` (B, 3, h p, w p) stands for."""
         z = F.pad(z, (1, 1, 1, 1), mode="replicate")
         rows = F.conv2d(z, self.kernel.to(z.device), self.mean.to(z.device))  # (B, 3 p^2, h, w)
+        if noise is not None:
+            rows = rows + self._grain(noise.to(z.device))
         return F.pixel_shuffle(rows, self.downsample)
 
+    def _grain(self, noise: Tensor) -> Tensor:
+        """White noise (B, 3, H, W) -> grain (B, 3 p^2, h, w) that no latent holds: encoding does not see it."""
+        basis, mix = self.basis.to(noise.device), self.grain.to(noise.device)
+        rows = patches(torch.einsum("cd,bdhw->bchw", mix, noise), self.downsample)
+        return (rows - (rows @ basis) @ basis.T).permute(0, 3, 1, 2)
+
     def tensors(self) -> dict[str, np.ndarray]:
-        return {"basis": self.basis.numpy(), "mean": self.mean.numpy(), "kernel": self.kernel.numpy()}
+        return {name: getattr(self, name).numpy() for name in PARTS}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, np.ndarray]) -> PatchPCA:
-        return cls(*(torch.from_numpy(tensors[name].copy()) for name in ("basis", "mean", "kernel")))
+        missing = [name for name in PARTS if name not in tensors]
+        if missing:
+            raise ValueError(f"got a patch-pca without {missing[0]}, from an earlier version: annotate into a new folder")
+        return cls(*(torch.from_numpy(tensors[name].copy()) for name in PARTS))

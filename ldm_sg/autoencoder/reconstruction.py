@@ -18,18 +18,21 @@ WINDOW, SPREAD = 11, 1.5  # side and deviation of SSIM's Gaussian window, in pix
 STABLE = ((0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2)  # C1 and C2
 
 
-def reconstruct(autoencoder: Autoencoder, x: Tensor, noise: Tensor | None = None) -> Tensor:
+def reconstruct(
+    autoencoder: Autoencoder, x: Tensor, noise: Tensor | None = None, grain: Tensor | None = None
+) -> Tensor:
     """Encode and decode images.
 
     Args:
         autoencoder: encodes and decodes.
         x: (B, 3, H, W) in [-1, 1].
         noise: (B, C, h, w) added to the latents; None adds nothing.
+        grain: (B, 3, H, W) standard normal, for the decoder's texture; None decodes the mean.
     Returns:
         (B, 3, H, W), roughly in [-1, 1]; of a latent with a variance its mean is decoded.
     """
     z = autoencoder.sample(autoencoder.encode(x))
-    return autoencoder.decode(z if noise is None else z + noise)
+    return autoencoder.decode(z if noise is None else z + noise, grain)
 
 
 def compare(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:

@@ -41,6 +41,6 @@ class TAESD(Pretrained):
         """The latent itself: there is no variance to scale `noise` with."""
         return moments
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, C, h, w) -> (B, 3, 8h, 8w)."""
         return self._chunks(lambda part: self.network.decode(part).sample, z)

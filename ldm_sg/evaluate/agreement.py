@@ -15,6 +15,7 @@ from ldm_sg.config import SampleConfig
 from ldm_sg.data import to_model_range, to_uint8
 from ldm_sg.sample import Request, Sampler, cluster_requests, training_requests
 from ldm_sg.sample.kept import Kept
+from ldm_sg.sample.seeds import GRAIN, SeededNoise
 
 Progress = Callable[[int], None]
 
@@ -98,11 +99,14 @@ def reconstruction_ceiling(
         images: (N, S, S, 3) uint8 training images.
         clusters: (N,) what the store says of them, or (N, h, w) of their cells.
     Returns:
-        The share, of images or of cells, that keeps its cluster when encoded and decoded.
+        The share, of images or of cells, that keeps its cluster when encoded and decoded, with grain as generated
+        images have it.
     """
+    parts, coded = [to_model_range(images[i : i + 32]) for i in range(0, len(images), 32)], []
     with torch.inference_mode():
-        parts = [to_model_range(images[i : i + 32]) for i in range(0, len(images), 32)]
-        coded = [to_uint8(reconstruct(sampler.autoencoder, x)) for x in parts]
+        for i, x in enumerate(parts):
+            grain = SeededNoise([32 * i + row for row in range(len(x))], x.shape[1:], GRAIN).draw()
+            coded.append(to_uint8(reconstruct(sampler.autoencoder, x, grain=grain)))
     return float((annotator.clusters(np.concatenate(coded)) == clusters).mean())
 
 

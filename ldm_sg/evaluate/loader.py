@@ -23,7 +23,7 @@ from ldm_sg.data import to_uint8
 from ldm_sg.data.masks import multi_hot, one_hot_masks
 from ldm_sg.diffusion import PARAMETERISATIONS, SAMPLERS, build_schedule, denoiser, guided_network, within_interval
 from ldm_sg.model import UNet, one_hot
-from ldm_sg.sample.seeds import SeededNoise
+from ldm_sg.sample.seeds import GRAIN, SeededNoise
 
 WEIGHTS, GUIDANCE = "diffusion_pytorch_model.safetensors", "guidance.safetensors"
 Clusters = Sequence[int | Sequence[int]]
@@ -92,7 +92,7 @@ def kept(folder: Path, numbers: Sequence[int]) -> tuple[list[list[int]], np.ndar
 @torch.inference_mode()
 def draw(
     network: nn.Module,
-    decode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor, Tensor], Tensor],
     settings: dict[str, Any],
     guidance: dict[str, Tensor],
     seeds: list[int],
@@ -112,7 +112,8 @@ def draw(
     sampler, eta = SAMPLERS[options["sampler"]], options["eta"]
     z = sampler(denoise, x, trajectory, eta=eta, noise=lambda i: noise.draw().to(device))
     mean, std = (torch.tensor(settings[f"latent_{n}"], device=device).view(1, -1, 1, 1) for n in ("mean", "std"))
-    return to_uint8(decode(z * std + mean))
+    size = settings["size_px"]
+    return to_uint8(decode(z * std + mean, SeededNoise(seeds, (3, size, size), GRAIN).draw()))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_sg.autoencoder import PatchPCA
+from ldm_sg.autoencoder.patch_pca import PARTS
 from ldm_sg.evaluate.loader import Clusters, draw, guide
 from ldm_sg.model import UNet
 
@@ -51,13 +52,13 @@ class PatchPCAModel(ModelMixin, ConfigMixin):
     def __init__(self, patch_px: int, channels: int):
         super().__init__()
         width = 3 * patch_px**2
-        for name, shape in {"basis": (width, channels), "mean": (width,), "kernel": (width, channels, 3, 3)}.items():
+        for name, shape in zip(PARTS, ((width, channels), (width,), (width, channels, 3, 3), (3, 3)), strict=True):
             self.register_buffer(name, torch.zeros(shape))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, 3, h p, w p)."""
-        parts = (t.to("cpu", torch.float32) for t in (self.basis, self.mean, self.kernel))
-        return PatchPCA(*parts).decode(z)
+    def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        """As `PatchPCA.decode`."""
+        parts = (getattr(self, name).to("cpu", torch.float32) for name in PARTS)
+        return PatchPCA(*parts).decode(z, noise)
 
 
 class SelfGuidedPipeline(DiffusionPipeline):
@@ -110,6 +111,8 @@ class SelfGuidedPipeline(DiffusionPipeline):
         images = draw(self.unet.eval(), self._decode, merged, guide(settings, asked, masks), drawn)
         return ImagePipelineOutput(images=[Image.fromarray(i) for i in images] if output_type == "pil" else images)
 
-    def _decode(self, z: Tensor) -> Tensor:
+    def _decode(self, z: Tensor, noise: Tensor) -> Tensor:
+        if isinstance(self.vae, PatchPCAModel):
+            return self.vae.decode(z, noise)
         made = z if self.vae is None else self.vae.decode(z)
         return made if isinstance(made, Tensor) else made.sample

@@ -35,7 +35,7 @@ from ldm_sg.model import BoundUNet
 from ldm_sg.sample.graph import replayed
 from ldm_sg.sample.kept import Kept
 from ldm_sg.sample.requests import Request, labels
-from ldm_sg.sample.seeds import SeededNoise
+from ldm_sg.sample.seeds import GRAIN, SeededNoise
 from ldm_sg.train.checkpoint import load_weights
 from ldm_sg.train.network import build_network, build_run_schedule, network_settings
 from ldm_sg.train.run import Run
@@ -87,15 +87,15 @@ class Sampler:
         Returns:
             Iterator of (b, S, S, 3) uint8, in the order of the requests.
         """
-        for latents, count in self._micro_batches(requests, options):
-            pixels = self._pixels(latents)[:count]
+        for latents, asked, count in self._micro_batches(requests, options):
+            pixels = self._pixels(latents, asked)[:count]
             if progress is not None:
                 progress(len(pixels))
             yield pixels
 
     def latents(self, requests: Sequence[Request], options: SampleConfig) -> Iterator[Tensor]:
         """Make standardised latents, one micro-batch (b, C, h, w) at a time; arguments as for `images`."""
-        for latents, count in self._micro_batches(requests, options):
+        for latents, _, count in self._micro_batches(requests, options):
             yield latents[:count]
 
     def denoising(self, request: Request, options: SampleConfig, moments: int) -> np.ndarray:
@@ -145,13 +145,16 @@ class Sampler:
             denoise = self._denoise(self._networks(list(requests), options), options)
             return ddim_invert(denoise, z, self.schedule.trajectory(options.steps))
 
-    def _pixels(self, latents: Tensor) -> np.ndarray:
-        return to_uint8(self.autoencoder.decode(self.run.facts.restore(latents)))
+    def _pixels(self, latents: Tensor, requests: Sequence[Request] = ()) -> np.ndarray:
+        """Decode; with the requests the images get their grain, without them their mean."""
+        size = self.run.facts.size_px
+        noise = SeededNoise([r.seed for r in requests], (3, size, size), GRAIN).draw() if requests else None
+        return to_uint8(self.autoencoder.decode(self.run.facts.restore(latents), noise))
 
     def _micro_batches(
         self, requests: Sequence[Request], options: SampleConfig, trace: Trace | None = None
-    ) -> Iterator[tuple[Tensor, int]]:
-        """Yield latents (micro_batch, C, h, w) and how many of them were asked for; the rest is padding.
+    ) -> Iterator[tuple[Tensor, list[Request], int]]:
+        """Yield latents (micro_batch, C, h, w), their requests, and how many were asked for; the rest is padding.
 
         Requests whose scales take other forwards never share a micro-batch.
         """
@@ -160,7 +163,8 @@ class Sampler:
             alike = list(group)
             for start in range(0, len(alike), size):
                 part = alike[start : start + size]
-                yield self._micro_batch(part + [part[-1]] * (size - len(part)), options, trace), len(part)
+                padded = part + [part[-1]] * (size - len(part))
+                yield self._micro_batch(padded, options, trace), padded, len(part)
 
     @torch.inference_mode()
     def _micro_batch(self, requests: list[Request], options: SampleConfig, trace: Trace | None) -> Tensor:

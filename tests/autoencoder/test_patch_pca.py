@@ -173,6 +173,43 @@ def test_sign_is_that_of_the_largest_weight() -> None:
     assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
 
 
+def test_grain_is_as_strong_as_what_the_decoder_misses() -> None:
+    x = smooth(40)
+    fitted = PatchPCAFit(P, 4)
+    fitted.add(x)
+    made = fitted.finish(x.split(7))
+    missed = (x - made.decode(made.encode(x))).transpose(0, 1).flatten(1).double()  # (3, pixels)
+    expected = missed @ missed.T / missed.shape[1]
+    assert torch.allclose((made.grain @ made.grain).double(), expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
+
+
+def test_grain_lies_where_no_latent_does() -> None:
+    x = smooth(40)
+    fitted = PatchPCAFit(P, 4)
+    fitted.add(x)
+    made, z = fitted.finish(x.split(7)), fitted.finish().encode(x)
+    noise = torch.randn(x.shape, generator=seeded())
+    grain = made.decode(z, noise) - made.decode(z)
+    assert float(grain.std()) == pytest.approx(float(made.grain.square().sum().div(3).sqrt()), rel=0.1)
+    torch.testing.assert_close(made.encode(made.decode(z, noise)), made.encode(made.decode(z)), atol=1e-5, rtol=1e-5)
+
+
+def test_grain_of_grey_images_is_grey() -> None:
+    x = smooth(10).mean(1, keepdim=True).expand(-1, 3, -1, -1).contiguous()
+    fitted = PatchPCAFit(P, 2)
+    fitted.add(x)
+    made = fitted.finish([x])
+    drawn = made.decode(made.encode(x), torch.randn(x.shape, generator=seeded()))
+    assert float((drawn - drawn.mean(1, keepdim=True)).abs().max()) < 1e-3 * float(made.grain.abs().max())
+
+
+def test_an_earlier_versions_weights_are_refused() -> None:
+    kept = fit(images(), 5).tensors()
+    del kept["grain"]
+    with pytest.raises(ValueError, match="got a patch-pca without grain, from an earlier version: annotate into"):
+        load_autoencoder("patch-pca", kept)
+
+
 def test_tensors_round_trip() -> None:
     x, fitted = smooth(3), PatchPCAFit(P, 5)
     fitted.add(x)

@@ -57,7 +57,7 @@ def test_a_sampler_that_knows_one_cluster(tiny_run: Run, annotator: Annotator) -
 
 def test_ceiling_of_a_perfect_and_of_a_blind_autoencoder(tiny_run: Run, annotator: Annotator) -> None:
     class Blind(Identity):
-        def decode(self, z: Any) -> Any:
+        def decode(self, z: Any, noise: Any = None) -> Any:
             return z[:1].expand_as(z)  # every image becomes the first
 
     sampler: Any = SimpleNamespace(autoencoder=Identity())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm_sg.config import MAX_SEED
-from ldm_sg.sample.seeds import SeededNoise
+from ldm_sg.sample.seeds import GRAIN, SeededNoise
 
 SHAPE = (3, 4, 5)
 FIRST = [2.040919, -2.555665, 0.418099, -0.567770, -0.452649]  # of seed 3
@@ -22,6 +22,11 @@ def test_seeds_and_draws_differ() -> None:
     noise = SeededNoise([0, 1, 2**31, MAX_SEED], SHAPE)
     both = torch.cat([noise.draw(), noise.draw()]).flatten(1)
     assert len({row.numpy().tobytes() for row in both}) == 8
+
+
+def test_streams_of_a_seed_are_independent() -> None:
+    latents, grain = (SeededNoise(range(100), SHAPE, stream).draw().flatten() for stream in ((), GRAIN))
+    assert abs(torch.corrcoef(torch.stack([latents, grain]))[0, 1]) < 0.05
 
 
 def test_noise_is_standard_normal() -> None:
