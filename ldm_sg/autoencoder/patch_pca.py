@@ -201,5 +201,7 @@ class PatchPCA:
     def from_tensors(cls, tensors: dict[str, np.ndarray]) -> PatchPCA:
         missing = [name for name in PARTS if name not in tensors]
         if missing:
-            raise ValueError(f"got a patch-pca without {missing[0]}, from an earlier version: annotate into a new folder")
+            raise ValueError(
+                f"got a patch-pca without {missing[0]}, from an earlier version: annotate into a new folder"
+            )
         return cls(*(torch.from_numpy(tensors[name].copy()) for name in PARTS))

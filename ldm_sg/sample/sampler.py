@@ -120,7 +120,7 @@ class Sampler:
                 predicted.append(x0[:1])
 
         list(self._micro_batches([request], options, keep))
-        return np.stack([self._pixels(torch.cat(latents)) for latents in (noisy, predicted)])
+        return np.stack([self._pixels(torch.cat(latents), [request] * len(latents)) for latents in (noisy, predicted)])
 
     @torch.inference_mode()
     def invert(self, images: np.ndarray, requests: Sequence[Request], options: SampleConfig) -> Tensor:
@@ -145,10 +145,9 @@ class Sampler:
             denoise = self._denoise(self._networks(list(requests), options), options)
             return ddim_invert(denoise, z, self.schedule.trajectory(options.steps))
 
-    def _pixels(self, latents: Tensor, requests: Sequence[Request] = ()) -> np.ndarray:
-        """Decode; with the requests the images get their grain, without them their mean."""
+    def _pixels(self, latents: Tensor, requests: Sequence[Request]) -> np.ndarray:
         size = self.run.facts.size_px
-        noise = SeededNoise([r.seed for r in requests], (3, size, size), GRAIN).draw() if requests else None
+        noise = SeededNoise([r.seed for r in requests], (3, size, size), GRAIN).draw()
         return to_uint8(self.autoencoder.decode(self.run.facts.restore(latents), noise))
 
     def _micro_batches(

@@ -44,8 +44,11 @@ def test_decoded_view_is_the_clipped_reconstruction() -> None:
     x = torch.rand(5, 3, SIZE, SIZE, generator=seeded(1)).round() * 2 - 1
     fit = PatchPCAFit(16, 4)
     fit.add(x)
-    autoencoder = fit.finish()
-    raw = autoencoder.decode(autoencoder.encode(x))
+    autoencoder = fit.finish([x])
+    raw, grain = autoencoder.decode(autoencoder.encode(x)), torch.randn(x.shape, generator=seeded(2))
     assert raw.abs().max() > 0 and not torch.equal(raw, x)
     torch.testing.assert_close(decoded_views(x, autoencoder), raw.clamp(-1, 1))
+    grained = autoencoder.decode(autoencoder.encode(x), grain)
+    assert not torch.allclose(grained, raw, atol=1e-2)
+    torch.testing.assert_close(decoded_views(x, autoencoder, grain=grain), grained.clamp(-1, 1))
     torch.testing.assert_close(decoded_views(2 * x, Identity()), x)

@@ -58,6 +58,7 @@ def test_reconstruct() -> None:
     assert torch.equal(reconstruct(Identity(), x), x)
     fit = PatchPCAFit(4, 8)
     fit.add(x)
-    fitted, noise = fit.finish(), torch.ones(2, 8, 2, 2)
+    fitted, noise, grain = fit.finish([x]), torch.ones(2, 8, 2, 2), torch.randn(x.shape)
     torch.testing.assert_close(reconstruct(fitted, x), fitted.decode(fitted.encode(x)))
+    torch.testing.assert_close(reconstruct(fitted, x, grain=grain), fitted.decode(fitted.encode(x), grain))
     torch.testing.assert_close(reconstruct(fitted, x, noise), fitted.decode(fitted.encode(x) + 1))
