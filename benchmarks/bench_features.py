@@ -88,16 +88,17 @@ def extract(
     make = {
         "image": lambda x: x,
         "crop": lambda x: crop_views(x, generator),
-        "decoded": lambda x: decoded_views(x, bench.autoencoder),
-        "noised_0.3": lambda x: noised(x, 0.3),
-        "noised_0.6": lambda x: noised(x, 0.6),
+        "decoded": lambda x: decoded(x, 0.0),
+        "noised_0.3": lambda x: decoded(x, 0.3),
+        "noised_0.6": lambda x: decoded(x, 0.6),
         "flip_h": lambda x: x.flip(3),
         "flip_v": lambda x: x.flip(2),
     }
 
-    def noised(x: Tensor, level: float) -> Tensor:
+    def decoded(x: Tensor, level: float) -> Tensor:
         noise = torch.randn(bench.autoencoder.encode(x).shape, generator=generator)
-        return decoded_views(x, bench.autoencoder, level * bench.deviation * noise)
+        grain = torch.randn(x.shape, generator=generator)
+        return decoded_views(x, bench.autoencoder, level * bench.deviation * noise, grain)
 
     for start in range(0, len(images), BATCH):
         x = to_model_range(images[start : start + BATCH])
