@@ -98,7 +98,7 @@ def extract(
     def decoded(x: Tensor, level: float) -> Tensor:
         noise = torch.randn(bench.autoencoder.encode(x).shape, generator=generator)
         grain = torch.randn(x.shape, generator=generator)
-        return decoded_views(x, bench.autoencoder, level * bench.deviation * noise, grain)
+        return decoded_views(x, bench.autoencoder, level * bench.deviation * noise, lambda: grain)
 
     for start in range(0, len(images), BATCH):
         x = to_model_range(images[start : start + BATCH])

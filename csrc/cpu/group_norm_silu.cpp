@@ -71,11 +71,7 @@ void for_blocks(const Shape& shape, int64_t first, int64_t count, const F& f) {
 double total(const float* values, int64_t count) {
   Vec sums{};
   for_vectors(count, [&](int64_t i, auto lanes) { sums += load(values + i, lanes); });
-  auto tree = std::bit_cast<std::array<double, LANES>>(__builtin_convertvector(sums, VecD));
-  for (int half = LANES / 2; half; half /= 2) {
-    for (int i = 0; i < half; ++i) tree[i] += tree[i + half];
-  }
-  return tree[0];
+  return sum_of(__builtin_convertvector(sums, VecD));
 }
 
 // Call f(row, rows, column, N vectors, lanes) along a block: by at most CHUNK rows, and by N vectors while they last.

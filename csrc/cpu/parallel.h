@@ -45,7 +45,7 @@ template <size_t N>
 Tensor empty(const Tensor& like, const std::array<int64_t, N>& size, ScalarType dtype) {
   int32_t number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_aten_new_empty(like.get(), size.data(), N, &number, nullptr, nullptr, 0, nullptr, &made));
   return Tensor(made);
 }

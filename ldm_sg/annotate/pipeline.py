@@ -208,7 +208,7 @@ def view_features(job: Job, encoders: Encoders, deviation: np.ndarray) -> tuple[
         views = (
             x,
             crop_views(x, generator),
-            *(decoded_views(x, autoencoder, level * noise, grain) for level in LATENT_NOISE),
+            *(decoded_views(x, autoencoder, level * noise, lambda grain=grain: grain) for level in LATENT_NOISE),
         )
         found.append([extract(view).half().numpy() for view in views])
     sample, *views_of = [np.concatenate(parts).astype(np.float32) for parts in zip(*found, strict=True)]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm_sg.autoencoder import Autoencoder
+from ldm_sg.autoencoder import Autoencoder, Draw
 from ldm_sg.autoencoder.reconstruction import reconstruct
 
 CROP_SHARE = (0.90, 0.97)  # of the side
@@ -39,7 +39,7 @@ def crop_views(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def decoded_views(
-    x: Tensor, autoencoder: Autoencoder, noise: Tensor | None = None, grain: Tensor | None = None
+    x: Tensor, autoencoder: Autoencoder, noise: Tensor | None = None, grain: Draw | None = None
 ) -> Tensor:
     """Encode and decode images: what a generated image could look like at best, or at a finite precision.
 

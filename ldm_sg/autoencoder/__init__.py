@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm_sg.autoencoder.identity import Identity
 from ldm_sg.autoencoder.kl_f8 import KLF8
-from ldm_sg.autoencoder.patch_pca import PatchPCA, PatchPCAFit
+from ldm_sg.autoencoder.patch_pca import Draw, PatchPCA, PatchPCAFit
 from ldm_sg.autoencoder.pretrained import PretrainedFit
 from ldm_sg.autoencoder.taesd import TAESD
 from ldm_sg.config import AnnotateConfig
@@ -41,10 +41,10 @@ class Autoencoder(Protocol):
         """Moments -> a latent (B, C, h, w): the mean, plus deviation times `noise` where one is given."""
         ...
 
-    def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) -> (B, 3, H, W), roughly in [-1, 1]; a decoder that draws texture takes it from `noise`.
+    def decode(self, z: Tensor, noise: Draw | None = None) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W), roughly in [-1, 1]; texture that no latent holds is drawn from `noise`.
 
-        The noise is standard normal, (B, 3, H, W). Without it, and by decoders without texture, the mean is given.
+        Without noise the mean is given. A decoder that draws nothing never calls it.
         """
         ...
 
@@ -132,6 +132,7 @@ __all__ = [
     "LOADERS",
     "TAESD",
     "Autoencoder",
+    "Draw",
     "Fit",
     "Identity",
     "PatchPCA",

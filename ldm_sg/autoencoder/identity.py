@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 from torch import Tensor
 
+from ldm_sg.autoencoder.patch_pca import Draw
+
 
 class Identity:
     """Latents are pixels in [-1, 1]; for the paper's 32 and 64 px tables."""
@@ -35,7 +37,7 @@ class Identity:
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         return moments
 
-    def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+    def decode(self, z: Tensor, noise: Draw | None = None) -> Tensor:
         return z
 
     def tensors(self) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm_sg.autoencoder.patch_pca import Draw
 from ldm_sg.autoencoder.pretrained import Pretrained
 
 RENAMES = (  # CompVis' names, then those that diffusers had until 0.17 -> diffusers'
@@ -140,7 +141,7 @@ class KLF8(Pretrained):
         mean, log_variance = moments.chunk(2, dim=1)
         return mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
 
-    def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+    def decode(self, z: Tensor, noise: Draw | None = None) -> Tensor:
         """(B, C, h, w) -> (B, 3, 8h, 8w)."""
         return self._chunks(lambda part: self.network.decode(part).sample, z)
 

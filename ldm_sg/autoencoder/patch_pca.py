@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Draw = Callable[[], Tensor]
+"""Gives standard normal noise of the decoded images' shape, (B, 3, H, W)."""
 PARTS = ("basis", "mean", "kernel", "grain")
 LATENT_NOISE = 0.05  # of a generator, in units of the channels' root mean squares; docs/results.md
 
@@ -161,8 +163,8 @@ class PatchPCA:
         mean: (3 p^2,) float32.
         kernel: (3 p^2, C, 3, 3) float32; the decoder's mean, a convolution over the latents.
         grain: (3, 3) float32, what mixes white noise into the colours of the texture that latents do not hold.
-    Source: Hotelling (1933); Eckart & Young (1936); the decoder is least squares, its grain the isotropic noise of
-        probabilistic PCA (Tipping & Bishop 1999, eq. 2).
+    Source: Hotelling (1933); Eckart & Young (1936); the decoder is least squares, its grain after the noise of
+        probabilistic PCA (Tipping & Bishop 1999, eq. 2), here per colour and without what the encoder would see.
     """
 
     def __init__(self, basis: Tensor, mean: Tensor, kernel: Tensor, grain: Tensor):
@@ -180,12 +182,12 @@ class PatchPCA:
         """The mean itself: there is no variance to scale `noise` with."""
         return moments
 
-    def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) -> (B, 3, h p, w p): the mean, plus the grain that `noise` (B, 3, h p, w p) stands for."""
+    def decode(self, z: Tensor, noise: Draw | None = None) -> Tensor:
+        """(B, C, h, w) -> (B, 3, h p, w p): the mean, plus the grain that is drawn from `noise`."""
         z = F.pad(z, (1, 1, 1, 1), mode="replicate")
         rows = F.conv2d(z, self.kernel.to(z.device), self.mean.to(z.device))  # (B, 3 p^2, h, w)
         if noise is not None:
-            rows = rows + self._grain(noise.to(z.device))
+            rows = rows + self._grain(noise().to(z.device))
         return F.pixel_shuffle(rows, self.downsample)
 
     def _grain(self, noise: Tensor) -> Tensor:
@@ -199,9 +201,5 @@ class PatchPCA:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, np.ndarray]) -> PatchPCA:
-        missing = [name for name in PARTS if name not in tensors]
-        if missing:
-            raise ValueError(
-                f"got a patch-pca without {missing[0]}, from an earlier version: annotate into a new folder"
-            )
-        return cls(*(torch.from_numpy(tensors[name].copy()) for name in PARTS))
+        kept = {"grain": np.zeros((3, 3), np.float32), **tensors}  # which earlier versions did not have
+        return cls(*(torch.from_numpy(kept[name].copy()) for name in PARTS))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ldm_sg.autoencoder import Autoencoder
+    from ldm_sg.autoencoder import Autoencoder, Draw
 
 PEAK = 2.0  # of values in [-1, 1]
 FLOOR = 1e-10  # squared error that counts as none; keeps `identity` at 106 dB
@@ -18,16 +18,14 @@ WINDOW, SPREAD = 11, 1.5  # side and deviation of SSIM's Gaussian window, in pix
 STABLE = ((0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2)  # C1 and C2
 
 
-def reconstruct(
-    autoencoder: Autoencoder, x: Tensor, noise: Tensor | None = None, grain: Tensor | None = None
-) -> Tensor:
+def reconstruct(autoencoder: Autoencoder, x: Tensor, noise: Tensor | None = None, grain: Draw | None = None) -> Tensor:
     """Encode and decode images.
 
     Args:
         autoencoder: encodes and decodes.
         x: (B, 3, H, W) in [-1, 1].
         noise: (B, C, h, w) added to the latents; None adds nothing.
-        grain: (B, 3, H, W) standard normal, for the decoder's texture; None decodes the mean.
+        grain: gives noise (B, 3, H, W) for the decoder's texture; None decodes the mean.
     Returns:
         (B, 3, H, W), roughly in [-1, 1]; of a latent with a variance its mean is decoded.
     """

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ldm_sg.autoencoder.patch_pca import Draw
 from ldm_sg.autoencoder.pretrained import Pretrained
 
 
@@ -41,6 +42,6 @@ class TAESD(Pretrained):
         """The latent itself: there is no variance to scale `noise` with."""
         return moments
 
-    def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+    def decode(self, z: Tensor, noise: Draw | None = None) -> Tensor:
         """(B, C, h, w) -> (B, 3, 8h, 8w)."""
         return self._chunks(lambda part: self.network.decode(part).sample, z)

@@ -102,10 +102,11 @@ def reconstruction_ceiling(
         The share, of images or of cells, that keeps its cluster when encoded and decoded, with grain as generated
         images have it.
     """
-    parts, coded = [to_model_range(images[i : i + 32]) for i in range(0, len(images), 32)], []
+    coded = []
     with torch.inference_mode():
-        for i, x in enumerate(parts):
-            grain = SeededNoise([32 * i + row for row in range(len(x))], x.shape[1:], GRAIN).draw()
+        for start in range(0, len(images), 32):
+            x = to_model_range(images[start : start + 32])
+            grain = SeededNoise(range(start, start + len(x)), x.shape[1:], GRAIN).draw
             coded.append(to_uint8(reconstruct(sampler.autoencoder, x, grain=grain)))
     return float((annotator.clusters(np.concatenate(coded)) == clusters).mean())
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldm_sg.autoencoder import KLF8, TAESD, load_autoencoder
+from ldm_sg.autoencoder import KLF8, TAESD, Draw, load_autoencoder
 from ldm_sg.data import to_uint8
 from ldm_sg.data.masks import multi_hot, one_hot_masks
 from ldm_sg.diffusion import PARAMETERISATIONS, SAMPLERS, build_schedule, denoiser, guided_network, within_interval
@@ -92,7 +92,7 @@ def kept(folder: Path, numbers: Sequence[int]) -> tuple[list[list[int]], np.ndar
 @torch.inference_mode()
 def draw(
     network: nn.Module,
-    decode: Callable[[Tensor, Tensor], Tensor],
+    decode: Callable[[Tensor, Draw], Tensor],
     settings: dict[str, Any],
     guidance: dict[str, Tensor],
     seeds: list[int],
@@ -113,7 +113,7 @@ def draw(
     z = sampler(denoise, x, trajectory, eta=eta, noise=lambda i: noise.draw().to(device))
     mean, std = (torch.tensor(settings[f"latent_{n}"], device=device).view(1, -1, 1, 1) for n in ("mean", "std"))
     size = settings["size_px"]
-    return to_uint8(decode(z * std + mean, SeededNoise(seeds, (3, size, size), GRAIN).draw()))
+    return to_uint8(decode(z * std + mean, SeededNoise(seeds, (3, size, size), GRAIN).draw))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor
 
-from ldm_sg.autoencoder import PatchPCA
+from ldm_sg.autoencoder import Draw, PatchPCA
 from ldm_sg.autoencoder.patch_pca import PARTS
 from ldm_sg.evaluate.loader import Clusters, draw, guide
 from ldm_sg.model import UNet
@@ -55,7 +55,7 @@ class PatchPCAModel(ModelMixin, ConfigMixin):
         for name, shape in zip(PARTS, ((width, channels), (width,), (width, channels, 3, 3), (3, 3)), strict=True):
             self.register_buffer(name, torch.zeros(shape))
 
-    def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+    def decode(self, z: Tensor, noise: Draw | None = None) -> Tensor:
         """As `PatchPCA.decode`."""
         parts = (getattr(self, name).to("cpu", torch.float32) for name in PARTS)
         return PatchPCA(*parts).decode(z, noise)
@@ -111,7 +111,7 @@ class SelfGuidedPipeline(DiffusionPipeline):
         images = draw(self.unet.eval(), self._decode, merged, guide(settings, asked, masks), drawn)
         return ImagePipelineOutput(images=[Image.fromarray(i) for i in images] if output_type == "pil" else images)
 
-    def _decode(self, z: Tensor, noise: Tensor) -> Tensor:
+    def _decode(self, z: Tensor, noise: Draw) -> Tensor:
         if isinstance(self.vae, PatchPCAModel):
             return self.vae.decode(z, noise)
         made = z if self.vae is None else self.vae.decode(z)

@@ -17,8 +17,10 @@ def differentiable(op: OpOverload, save: Callable[..., None], gradients: Callabl
 
     Args:
         op: of positional arguments only, and of tensors as results, the first of which alone has a gradient.
-        save: called with the context, the op's arguments and its results.
-        gradients: called with the context and the gradients of the results; gives one per argument, or None.
+        save: called with the context, the op's arguments and its results; where nothing is traced, only the first of
+            these is an output that autograd knows.
+        gradients: called with the context and the gradients of the results, or of the first alone; gives one per
+            argument, or None.
     Returns:
         A function that gives the op's first result, without the dispatcher's way to autograd where nothing is traced.
     """
@@ -42,7 +44,7 @@ def differentiable(op: OpOverload, save: Callable[..., None], gradients: Callabl
 
         return Differentiable
 
-    whole, short = function(first=False), function(first=many)  # two results less to track take 6 us less
+    whole, short = function(first=False), function(first=many)  # fewer results to track: 6 us for two
 
     def without_gradient(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():

@@ -147,7 +147,7 @@ class Sampler:
 
     def _pixels(self, latents: Tensor, requests: Sequence[Request]) -> np.ndarray:
         size = self.run.facts.size_px
-        noise = SeededNoise([r.seed for r in requests], (3, size, size), GRAIN).draw()
+        noise = SeededNoise([r.seed for r in requests], (3, size, size), GRAIN).draw
         return to_uint8(self.autoencoder.decode(self.run.facts.restore(latents), noise))
 
     def _micro_batches(

@@ -80,6 +80,22 @@ def test_column_is_k_means_of_the_projected_features(tiny_store: Store) -> None:
     assert record["report"]["inertia"] == pytest.approx(expected.inertia)
 
 
+def test_decoded_views_have_noise_and_grain(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, view = [], pipeline.decoded_views
+
+    def decoded(x: torch.Tensor, autoencoder: Any, noise: torch.Tensor, grain: Any) -> torch.Tensor:
+        made.append((float(noise.std()), float(grain().std()), grain().shape == x.shape))
+        return view(x, autoencoder, noise, grain)
+
+    monkeypatch.setattr(pipeline, "decoded_views", decoded)
+    run(image_folder, tmp_path / "store")
+    noises, grains, fits = zip(*made, strict=True)
+    assert len(set(noises)) > 2 and min(noises) == 0 and all(fits)
+    np.testing.assert_allclose(grains, 1, atol=0.1)
+
+
 def test_same_command_again_changes_nothing(image_folder: Path, tmp_path: Path) -> None:
     first = run(image_folder, tmp_path / "store")
     before = files(first.folder)

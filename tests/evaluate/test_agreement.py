@@ -64,6 +64,10 @@ def test_ceiling_of_a_perfect_and_of_a_blind_autoencoder(tiny_run: Run, annotato
     real = RealImages(tiny_run)
     rows = np.arange(24)
     assert reconstruction_ceiling(sampler, annotator, real.rows(rows), real.guidance.labels) == 1
+    grainy: Any = SimpleNamespace(autoencoder=tiny_run.autoencoder())
+    kept = reconstruction_ceiling(grainy, annotator, real.rows(rows), real.guidance.labels)
+    grainy.autoencoder.grain *= 100  # noise alone is left
+    assert reconstruction_ceiling(grainy, annotator, real.rows(rows), real.guidance.labels) < min(kept, 0.8)
     blind: Any = SimpleNamespace(autoencoder=Blind())
     share = np.mean(real.guidance.labels == real.guidance.labels[0])
     assert reconstruction_ceiling(blind, annotator, real.rows(rows), real.guidance.labels) == pytest.approx(share)

@@ -122,7 +122,7 @@ def test_run_without_a_checkpoint(tiny_config: Config, tiny_store: Store, tmp_pa
 def test_grain_is_drawn_by_the_images_seed(sampler: Sampler) -> None:
     requests = [Request(i, i % 3) for i in range(4)]
     latents = torch.cat(list(sampler.latents(requests, OPTIONS)))
-    noise = SeededNoise(range(4), (3, 64, 64), GRAIN).draw()
+    noise = SeededNoise(range(4), (3, 64, 64), GRAIN).draw
     drawn = to_uint8(sampler.autoencoder.decode(sampler.run.facts.restore(latents), noise))
     np.testing.assert_array_equal(images(sampler, requests), drawn)
     assert (drawn != to_uint8(sampler.autoencoder.decode(sampler.run.facts.restore(latents)))).mean() > 0.1
@@ -233,7 +233,7 @@ def test_inverted_images_come_back(tiny_run: Run) -> None:
     start = sampler.invert(real, requests, replace(OPTIONS, steps=20))
     assert start.shape == (3, 16, 4, 4)
     again = images(sampler, [replace(r, start=x) for r, x in zip(requests, start, strict=True)], steps=20)
-    grain = SeededNoise([0] * 3, (3, 64, 64), GRAIN).draw()
+    grain = SeededNoise([0] * 3, (3, 64, 64), GRAIN).draw
     rebuilt = to_uint8(sampler.autoencoder.decode(sampler.autoencoder.encode(to_model_range(real))[:, :16], grain))
     assert np.square(rebuilt.astype(float) - again).mean() < 255**2 / 10**3  # 30 dB
     with pytest.raises(ValueError, match="expected \\(64, 64, 3\\)"):
