@@ -37,6 +37,7 @@ FORWARD = (  # tokens up to, tile
     (64, Config(64, 64, warps=4, stages=1)),
     (math.inf, Config(64, 64, warps=4, stages=2)),
 )
+FORWARD_BLACKWELL = (*FORWARD[:-1], (math.inf, Config(64, 32, warps=4, stages=2)))  # 64 x 64 spills where no prefix is
 BACKWARD = (
     (16, Config(16, 16, warps=1, stages=1)),
     (32, Config(32, 32, warps=4, stages=1)),
@@ -53,8 +54,9 @@ def _config(table: tuple[tuple[float, Config], ...], tokens: int) -> Config:
     return next(config for limit, config in table if tokens <= limit)
 
 
-def _is_ampere(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+def _generation(device: torch.device) -> int:
+    """8 is Ampere, 9 Hopper, 10 Blackwell."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 @triton.jit
@@ -324,7 +326,7 @@ def forward(
     batch, tokens, heads, width = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(batch, heads, tokens, dtype=torch.float32)
     if out.numel():
-        config = _config(FORWARD, tokens)
+        config = _config(FORWARD_BLACKWELL if _generation(q.device) > 9 else FORWARD, tokens)
         strides = _strides(q, k, v, k_prefix, v_prefix)
         grid = (batch * heads * triton.cdiv(tokens, config.queries),)
         arguments = (q, k, v, k_prefix, v_prefix, out, lse, *strides, heads, scale / math.log(2))
@@ -352,7 +354,7 @@ def backward(
     dk_prefix, dv_prefix = (q.new_empty(batch, prefix, heads, width) for _ in range(2))
     if not out.numel():
         return dq, dk, dv, dk_prefix.zero_(), dv_prefix.zero_()
-    config = _config(BACKWARD_AMPERE if _is_ampere(q.device) else BACKWARD, tokens)
+    config = _config(BACKWARD_AMPERE if _generation(q.device) < 9 else BACKWARD, tokens)
     strides = _strides(q, k, v, k_prefix, v_prefix, d_out)
     numbers = (*strides, heads, scale)
     constants = _constants(q, k_prefix, strides, config)

@@ -116,7 +116,7 @@ FULLEST = (256, 48), (16, 96)  # of the networks' sites: every kernel, in the la
 @pytest.fixture(params=[80, 90, 100])
 def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """A GPU whose tiles are chosen."""
-    monkeypatch.setattr(kernels, "_is_ampere", lambda device: request.param < 90)
+    monkeypatch.setattr(kernels, "_generation", lambda device: request.param // 10)
     return request.param
 
 
