@@ -38,7 +38,7 @@ def silent(stage: str, total: int) -> Any:
 
 def test_psnr_of_a_known_error() -> None:
     class Darker(Identity):
-        def decode(self, z: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        def decode(self, z: torch.Tensor, noise: Any = None) -> torch.Tensor:
             return z - torch.linspace(0.1, 0.3, len(z)).view(-1, 1, 1, 1)
 
     images = np.zeros((3, 8, 8, 3), np.uint8)
