@@ -91,10 +91,11 @@ void moments(const T* x, const Block& k, const float* shift, float* s1, float* s
     Vec centre[n], first[n] = {}, second[n] = {};
     for (int i = 0; i < n; ++i) centre[i] = load(shift + c + i * LANES);
     for (int64_t r = row; r < row + rows; ++r) {
+      Vecs<n> d = load_wide<n>(x + r * stride + c, lanes);
       for (int i = 0; i < n; ++i) {
-        const Vec d = load(x + r * stride + c + i * LANES, lanes) - centre[i];
-        first[i] += d;
-        second[i] += d * d;
+        d[i] -= centre[i];
+        first[i] += d[i];
+        second[i] += d[i] * d[i];
       }
     }
     for (int i = 0; i < n; ++i) {
@@ -104,41 +105,48 @@ void moments(const T* x, const Block& k, const float* shift, float* s1, float* s
   });
 }
 
-template <class T, bool SILU>
+enum class Silu { NONE, WITHIN, CLAMPED };  // WITHIN: |u| <= 126 is known
+
+// z = gain x + offset, or silu(u / log2(e)) of u = gain x + offset.
+template <class T, Silu SILU>
 void apply(const T* x, T* y, const Block& k, const Columns& of) {
   const float *gain = of.values[0], *offset = of.values[1];
   for (int64_t r = 0; r < k.rows; ++r) {
     for_wide<4>(k.columns, [=, row = r * k.stride](int64_t c, auto vectors, auto lanes) {
       constexpr int n = vectors;
-      Vec z[n];
-      for (int64_t i = 0, at = c; i < n; ++i, at += LANES) {
-        z[i] = load(x + row + at, lanes) * load(gain + at) + load(offset + at);
+      Vecs<n> u = load_wide<n>(x + row + c, lanes);
+      for (int64_t i = 0, at = c; i < n; ++i, at += LANES) u[i] = u[i] * load(gain + at) + load(offset + at);
+      for (int i = 0; i < n && SILU != Silu::NONE; ++i) {
+        u[i] /= log2e_over_sigmoid<T>(SILU == Silu::CLAMPED ? clamped(u[i]) : u[i]);
       }
-      for (int i = 0; i < n; ++i) store(y + row + c + i * LANES, SILU ? silu<T>(z[i]) : z[i], lanes);
+      store_wide<n>(y + row + c, u, lanes);
     });
   }
 }
 
-// z of the forward again, dz = dy silu'(z) kept, and each column's sums of dz and dz xhat added.
+// u of the forward again, dz = dy silu'(z) kept, and each column's sums of dz and dz (x - mean) added.
 template <class T, bool SILU>
 void grad_sums(const T* x, const T* dy, float* dz, int64_t dz_stride, const Block& k, const Columns& of, float* s1,
                float* s2) {
-  const auto [means, rstds, gains, offsets] = of.values;
+  const float *means = of.values[0], *gains = of.values[1], *offsets = of.values[2];
   for_chunks<2>(k, [=, stride = k.stride](int64_t row, int64_t rows, int64_t c, auto vectors, auto lanes) {
     constexpr int n = vectors;
     Vec first[n] = {}, second[n] = {};
     for (int64_t r = row; r < row + rows; ++r) {
+      Vecs<n> xs = load_wide<n>(x + r * stride + c, lanes), dys = load_wide<n>(dy + r * stride + c, lanes);
       for (int i = 0; i < n; ++i) {
         const int64_t at = c + i * LANES;
-        const Vec xhat = (load(x + r * stride + at, lanes) - load(means + at)) * load(rstds + at);
-        Vec d = load(dy + r * stride + at, lanes);
-        if constexpr (SILU) {
-          const Vec z = xhat * load(gains + at) + load(offsets + at), s = sigmoid<T>(z);
-          d *= s * (z * (1.0f - s) + 1.0f);
+        const Vec centred = xs[i] - load(means + at);
+        Vec d = dys[i];
+        if constexpr (SILU) {  // silu'(z) = s (1 + z (1 - s)), s = sigmoid(z), z = u / log2(e)
+          const Vec u = clamped(centred * load(gains + at) + load(offsets + at));
+          const Vec s = static_cast<float>(LOG2_E) / log2e_over_sigmoid<T>(u);
+          const float z_per_u = static_cast<float>(1 / LOG2_E);
+          d *= s * (u * (z_per_u - z_per_u * s) + 1.0f);
         }
         store(dz + r * dz_stride + at, d, lanes);
         first[i] += d;
-        second[i] += d * xhat;
+        second[i] += d * centred;
       }
     }
     for (int i = 0; i < n; ++i) {
@@ -151,31 +159,42 @@ void grad_sums(const T* x, const T* dy, float* dz, int64_t dz_stride, const Bloc
 // dx = rstd (gain dz - mean(gain dz) - xhat mean(gain dz xhat)), its factors per column; dz may be dx.
 template <class T>
 void grad_apply(const T* x, const float* dz, int64_t dz_stride, T* dx, const Block& k, const Columns& of) {
-  const auto [mean, of_x, of_dz, constant] = of.values;
+  const float *of_x = of.values[0], *of_dz = of.values[1], *constant = of.values[2];
   for (int64_t r = 0; r < k.rows; ++r) {
     for_wide<4>(k.columns, [=, row = r * k.stride, dz_row = r * dz_stride](int64_t c, auto vectors, auto lanes) {
       constexpr int n = vectors;
-      Vec d[n];
+      Vecs<n> d = load_wide<n>(x + row + c, lanes);
       for (int64_t i = 0, at = c; i < n; ++i, at += LANES) {
-        const Vec centred = load(x + row + at, lanes) - load(mean + at);
-        d[i] = load(dz + dz_row + at, lanes) * load(of_dz + at) - load(constant + at) - centred * load(of_x + at);
+        const Vec rest = d[i] * load(of_x + at) + load(constant + at);
+        d[i] = load(dz + dz_row + at, lanes) * load(of_dz + at) - rest;
       }
-      for (int i = 0; i < n; ++i) store(dx + row + c + i * LANES, d[i], lanes);
+      store_wide<n>(dx + row + c, d, lanes);
     });
   }
 }
 
-// Call f(block, channel, s1, s2), which adds to sums per column; for contiguous tensors join them to the channel's.
-template <class F>
+// Call f(block, channel, its constants) along a task, whose constants are woven as columns of T are.
+template <class T, class F>
+void for_columns(const Shape& shape, int64_t first, int64_t count, Scratch& scratch, const F& f) {
+  for (int i = 0; i < 4 && shape.channels_last; ++i) weave<T>(scratch.of(i), count);
+  for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
+    f(k, channel, Columns(shape.channels_last, channel, scratch));
+  });
+}
+
+// The same with f(block, channel, constants, s1, s2), which adds to sums per column; for contiguous tensors join them to
+// the channel's. All numbers are in the channels' order again afterwards.
+template <class T, class F>
 void sum_columns(const Shape& shape, int64_t first, int64_t count, Scratch& scratch, const F& f) {
   std::fill_n(scratch.s1(), count, 0.0f);
   std::fill_n(scratch.s2(), count, 0.0f);
-  for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
-    if (shape.channels_last) return f(k, channel, scratch.s1(), scratch.s2());
+  for_columns<T>(shape, first, count, scratch, [&](const Block& k, int64_t channel, const Columns& of) {
+    if (shape.channels_last) return f(k, channel, of, scratch.s1(), scratch.s2());
     float s1[FOLD] = {}, s2[FOLD] = {};
-    f(k, channel, s1, s2);
+    f(k, channel, of, s1, s2);
     scratch.s1()[channel] += total(s1, FOLD), scratch.s2()[channel] += total(s2, FOLD);
   });
+  for (int i = 0; i < 6 && shape.channels_last; ++i) weave<T, true>(scratch.of(i), count);
 }
 
 // A small tensor of (columns,) or (rows, columns) as floats, padded as scratch is; empty where it is absent.
@@ -205,7 +224,7 @@ class Floats {
   std::vector<float> copy_;
 };
 
-// z = xhat gain + offset, per sample and channel.
+// z = xhat gain + offset, per sample and channel; with SiLU u = log2(e) z for it.
 struct Affine {
   Floats weight, bias, scale, shift;
   Affine(const Shape& shape, const Tensor& w, const Tensor& b, const std::optional<Tensor>& s,
@@ -215,12 +234,13 @@ struct Affine {
         scale(s, shape.batch, shape.channels),
         shift(t, shape.batch, shape.channels) {}
 
-  void write(int64_t n, int64_t first, int64_t count, float* gain, float* offset) const {
+  void write(int64_t n, int64_t first, int64_t count, bool silu, float* gain, float* offset) const {
+    const float unit = silu ? static_cast<float>(LOG2_E) : 1.0f;
     for_vectors(count, [&](int64_t i, auto lanes) {
-      Vec g = weight.at(0, first + i), o = bias.at(0, first + i);
+      Vec g = weight.at(0, first + i) * unit, o = bias.at(0, first + i) * unit;
       if (scale) {
         const Vec k = 1.0f + scale.at(n, first + i);
-        g *= k, o = o * k + shift.at(n, first + i);
+        g *= k, o = o * k + shift.at(n, first + i) * unit;
       }
       store(gain + i, g, lanes), store(offset + i, o, lanes);
     });
@@ -279,11 +299,10 @@ void statistics(const Shape& shape, const T* x, int64_t first, int64_t count, do
     }
     std::fill_n(centre + c, width, sum / static_cast<float>(some));
   }
-  sum_columns(shape, first, count, scratch, [&](const Block& k, int64_t channel, float* s1, float* s2) {
-    const Columns of(shape.channels_last, channel, scratch);
+  sum_columns<T>(shape, first, count, scratch, [&](const Block& k, int64_t, const Columns& of, float* s1, float* s2) {
     moments(x + k.offset, k, of.values[0], s1, s2);
   });
-  const double per = 1.0 / static_cast<double>(width * shape.pixels);
+  const double per = 1.0 / static_cast<double>(std::max<int64_t>(1, width * shape.pixels));
   for (int64_t g = 0, c = 0; c < count; ++g, c += width) {
     const double mean = total(scratch.s1() + c, width) * per;
     const double variance = total(scratch.s2() + c, width) * per - mean * mean;
@@ -300,21 +319,31 @@ void spread(const Shape& shape, int64_t count, const float* means, const float* 
   }
 }
 
+// Fold mean and rstd into gain and offset, constants 0 and 1 from then on. Whether all of the task's |u| <= 126 then,
+// 14 at the centre and 112 from there: no x is further than sqrt(s2) from the centre.
+bool fold(int64_t count, Scratch& scratch) {
+  float *centre = scratch.of(0), *gain = scratch.of(1);
+  const float *mean = scratch.of(2), *rstd = scratch.of(3), *offset = scratch.s1(), *s2 = scratch.s2();
+  Vec most{};
+  for_vectors(count, [&](int64_t c, auto) {
+    const Vec g = load(rstd + c) * load(gain + c), o = load(offset + c) - load(mean + c) * g;
+    const Vec at_centre = 8.0f * (load(centre + c) * g + o);
+    most = larger(most, larger(at_centre * at_centre, g * g * load(s2 + c)));
+    store(centre + c, g), store(gain + c, o);
+  });
+  return folded(most, [](Vec a, Vec b) { return larger(a, b); }, AllLanes{}) <= 112.0f * 112.0f;
+}
+
 // One task of the forward; x and y point at its sample, means and rstds at its first group.
 template <class T>
 void forward_task(const Shape& shape, const T* x, T* y, int64_t n, int64_t first, int64_t count, const Affine& affine,
                   float* means, float* rstds, double eps, bool silu, Scratch& scratch) {
   statistics(shape, x, first, count, eps, scratch, means, rstds);
-  float *gain = scratch.of(0), *offset = scratch.of(1), *mean = scratch.of(2), *rstd = scratch.of(3);
-  spread(shape, count, means, rstds, mean, rstd);
-  affine.write(n, first, count, gain, offset);
-  for_vectors(count, [=](int64_t c, auto) {
-    const Vec g = load(rstd + c) * load(gain + c);
-    store(gain + c, g), store(offset + c, load(offset + c) - load(mean + c) * g);
-  });
-  for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
-    const Columns of(shape.channels_last, channel, scratch);
-    const auto run = silu ? apply<T, true> : apply<T, false>;
+  spread(shape, count, means, rstds, scratch.of(2), scratch.of(3));
+  affine.write(n, first, count, silu, scratch.of(1), scratch.s1());
+  const bool within = fold(count, scratch);
+  const auto run = !silu ? apply<T, Silu::NONE> : within ? apply<T, Silu::WITHIN> : apply<T, Silu::CLAMPED>;
+  for_columns<T>(shape, first, count, scratch, [&](const Block& k, int64_t, const Columns& of) {
     run(x + k.offset, y + k.offset, k, of);
   });
 }
@@ -324,8 +353,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const std::optional<Tensor>& shift, int64_t groups, double eps, bool silu) {
   const Shape shape = shape_of(x, groups);
   const Affine affine(shape, weight, bias, scale, shift);
-  Tensor y = torch::stable::empty_like(x);
-  const auto statistics = [&] { return empty(x, std::array{shape.batch, groups}, ScalarType::Float); };
+  Tensor y = empty_as(x);
+  const auto statistics = [&] { return empty(std::array{shape.batch, groups}, ScalarType::Float); };
   Tensor mean = statistics(), rstd = statistics();
   with_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -347,34 +376,35 @@ template <class T>
 void backward_task(const Shape& shape, const T* dy, const T* x, T* dx, int64_t n, int64_t first, int64_t count,
                    const Affine& affine, const float* means, const float* rstds, float* s1, float* s2, bool silu,
                    Scratch& scratch) {
-  float *rstd = scratch.of(1), *gain = scratch.of(2), *offset = scratch.of(3);
+  float *mean = scratch.of(0), *gain = scratch.of(1), *offset = scratch.of(2), *rstd = scratch.of(3);
   float *sum = scratch.s1(), *xhat_sum = scratch.s2();
-  spread(shape, count, means, rstds, scratch.of(0), rstd);
-  affine.write(n, first, count, gain, offset);
+  spread(shape, count, means, rstds, mean, rstd);
+  affine.write(n, first, count, silu, gain, offset);
+  for_vectors(count, [=](int64_t c, auto) { store(gain + c, load(gain + c) * load(rstd + c)); });
   const auto dz = [&](const Block& k) {
     if constexpr (std::is_same_v<T, float>) return dx + k.offset;
     else return scratch.kept.get() + (shape.channels_last ? 0 : k.offset - first * shape.pixels);
   };
   const int64_t dz_stride = !shape.channels_last ? FOLD : std::is_same_v<T, float> ? shape.channels : count;
-  sum_columns(shape, first, count, scratch, [&](const Block& k, int64_t channel, float* first_sum, float* second_sum) {
-    const Columns of(shape.channels_last, channel, scratch);
-    const auto run = silu ? grad_sums<T, true> : grad_sums<T, false>;
-    run(x + k.offset, dy + k.offset, dz(k), dz_stride, k, of, first_sum, second_sum);
+  const auto run = silu ? grad_sums<T, true> : grad_sums<T, false>;
+  sum_columns<T>(shape, first, count, scratch, [&](const Block& k, int64_t, const Columns& of, float* a, float* b) {
+    run(x + k.offset, dy + k.offset, dz(k), dz_stride, k, of, a, b);
   });
+  affine.write(n, first, count, false, gain, offset);
   for_vectors(count, [=](int64_t c, auto lanes) {
-    const Vec g = load(gain + c);
-    store(s1 + c, load(sum + c), lanes), store(s2 + c, load(xhat_sum + c), lanes);
-    store(sum + c, load(sum + c) * g), store(xhat_sum + c, load(xhat_sum + c) * g);
-    store(gain + c, load(rstd + c) * g);
+    const Vec g = load(gain + c), r = load(rstd + c), dz = load(sum + c), dz_xhat = load(xhat_sum + c) * r;
+    store(s1 + c, dz, lanes), store(s2 + c, dz_xhat, lanes);
+    store(sum + c, dz * g), store(xhat_sum + c, dz_xhat * g);
+    store(gain + c, r * g);
   });
   const int64_t width = shape.width();
   for (int64_t g = 0, c = 0; c < count; ++g, c += width) {
-    const double scale = rstds[g] / static_cast<double>(width * shape.pixels);
-    std::fill_n(rstd + c, width, static_cast<float>(total(xhat_sum + c, width) * scale * rstds[g]));
-    std::fill_n(offset + c, width, static_cast<float>(total(sum + c, width) * scale));
+    const double per = rstds[g] / static_cast<double>(width * shape.pixels);
+    const double of_x = total(xhat_sum + c, width) * per * rstds[g];
+    std::fill_n(mean + c, width, static_cast<float>(of_x));
+    std::fill_n(offset + c, width, static_cast<float>(total(sum + c, width) * per - of_x * means[g]));
   }
-  for_blocks(shape, first, count, [&](const Block& k, int64_t channel) {
-    const Columns of(shape.channels_last, channel, scratch);
+  for_columns<T>(shape, first, count, scratch, [&](const Block& k, int64_t, const Columns& of) {
     grad_apply<T>(x + k.offset, dz(k), dz_stride, dx + k.offset, k, of);
   });
 }
@@ -411,10 +441,10 @@ std::vector<Tensor> backward(
   STD_TORCH_CHECK(weight.scalar_type() == bias.scalar_type(), "expected weight and bias of one dtype");
   STD_TORCH_CHECK(!scale || scale->scalar_type() == shift->scalar_type(), "expected scale and shift of one dtype");
   const Affine affine(shape, weight, bias, scale, shift);
-  std::vector<Tensor> of = {torch::stable::empty_like(x)};
-  for (int i = 0; i < 2; ++i) of.push_back(empty(weight, std::array{shape.channels}, weight.scalar_type()));
+  std::vector<Tensor> of = {empty_as(x)};
+  for (int i = 0; i < 2; ++i) of.push_back(empty(std::array{shape.channels}, weight.scalar_type()));
   for (int i = 0; i < 2 && scale; ++i) {
-    of.push_back(empty(*scale, std::array{shape.batch, shape.channels}, scale->scalar_type()));
+    of.push_back(empty(std::array{shape.batch, shape.channels}, scale->scalar_type()));
   }
   std::vector<float> sums(2 * shape.batch * shape.channels);
   float *s1 = sums.data(), *s2 = s1 + shape.batch * shape.channels;

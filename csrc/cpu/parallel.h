@@ -39,15 +39,29 @@ T* mutable_data(Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-// A new contiguous tensor on the device of `like`: what torch::stable::new_empty gives, which looks its operator up by
-// name at every call, longer than a small map takes.
-template <size_t N>
-Tensor empty(const Tensor& like, const std::array<int64_t, N>& size, ScalarType dtype) {
-  int32_t number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+// A new tensor. What torch::stable offers looks its operator up by name at every call, longer than a small map takes.
+inline Tensor empty(int64_t dims, const int64_t* size, const int64_t* stride, ScalarType dtype) {
+  const auto number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_aten_new_empty(like.get(), size.data(), N, &number, nullptr, nullptr, 0, nullptr, &made));
+      aoti_torch_empty_strided(dims, size, stride, number, aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
+}
+
+template <size_t N>
+Tensor empty(const std::array<int64_t, N>& size, ScalarType dtype) {
+  std::array<int64_t, N> stride;
+  int64_t step = 1;
+  for (size_t i = N; i-- > 0; step *= size[i]) stride[i] = step;
+  return empty(N, size.data(), stride.data(), dtype);
+}
+
+// With the dtype and the memory layout of x, which is dense.
+inline Tensor empty_as(const Tensor& x) {
+  int64_t *size, *stride;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(x.get(), &size));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(x.get(), &stride));
+  return empty(x.dim(), size, stride, x.scalar_type());
 }
 
 }  // namespace ldm_sg

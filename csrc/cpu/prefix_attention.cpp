@@ -19,7 +19,6 @@ namespace {
 constexpr int64_t QUERIES = 32;  // of a block: 32 x 72 scores are 9 KiB
 constexpr int64_t DEPTH = 128;   // of a product's sums at a time: 128 x 3 vectors are 12 KiB
 
-using ldm_sg::exp;
 using ldm_sg::larger;
 using ldm_sg::load;
 using ldm_sg::store;
@@ -32,8 +31,11 @@ inline VecD load(const double* p, int count = LANES) {
 }
 inline void store(double* p, VecD v, int count = LANES) { std::memcpy(p, &v, count * sizeof(double)); }
 inline VecD larger(VecD a, VecD b) { return b > a ? b : a; }
-inline VecD exp(VecD v) {
-  for (int i = 0; i < LANES; ++i) v[i] = std::exp(v[i]);
+
+// 2^v for v <= 127.
+inline Vec exp2(Vec v) { return ldm_sg::exp2<1, 5>(larger(v, splat(-127.0f))); }
+inline VecD exp2(VecD v) {
+  for (int i = 0; i < LANES; ++i) v[i] = std::exp2(v[i]);
   return v;
 }
 
@@ -227,7 +229,7 @@ void close(T* scores, int64_t keys) {
   for (int64_t j = keys; j % LANES; ++j) scores[j] = -std::numeric_limits<T>::infinity();
 }
 
-// scores -> exp(scores - max), to be multiplied by `inverse`; lse = log-sum-exp.
+// scores, times log2(e) -> 2^(scores - max), to be multiplied by `inverse`; lse = log-sum-exp of what was not times it.
 template <class T>
 void softmax(Matrix<T>& scores, int64_t rows, int64_t keys, T* inverse, T* lse) {
   T most[QUERIES];
@@ -244,24 +246,25 @@ void softmax(Matrix<T>& scores, int64_t rows, int64_t keys, T* inverse, T* lse) 
     for_wide<3>((keys + LANES - 1) / LANES * LANES, [&](int64_t j, auto vectors, auto) {
       constexpr int n = vectors;
       VecOf<T> e[n];
-      for (int v = 0; v < n; ++v) e[v] = exp(load(row + j + v * LANES) - most[i]);
+      for (int v = 0; v < n; ++v) e[v] = exp2(load(row + j + v * LANES) - most[i]);
       for (int v = 0; v < n; ++v) store(row + j + v * LANES, e[v]), sums += e[v];
     });
     const T sum = sum_of(sums);
     inverse[i] = 1 / sum;
-    lse[i] = most[i] + std::log(sum);
+    lse[i] = most[i] / static_cast<T>(LOG2_E) + std::log(sum);
   }
 }
 
-// scores, d_weights -> weights, d_scores = weights (d_weights - sum(weights d_weights))
+// scores, times log2(e), and d_weights -> weights and d_scores = weights (d_weights - sum(weights d_weights))
 template <class T>
 void softmax_backward(Matrix<T>& scores, Matrix<T>& d_weights, int64_t rows, int64_t keys, const T* lse) {
   for (int64_t i = 0; i < rows; ++i) {
     T *row = scores.at(i), *d = d_weights.at(i);
     close(row, keys);
+    const T log2_of_sum = lse[i] * static_cast<T>(LOG2_E);
     VecOf<T> products{};
     for (int64_t j = 0; j < keys; j += LANES) {
-      const VecOf<T> p = exp(load(row + j) - lse[i]);
+      const VecOf<T> p = exp2(load(row + j) - log2_of_sum);
       store(row + j, p);
       products += p * load(d + j);
     }
@@ -277,10 +280,11 @@ void forward_tasks(int64_t begin, int64_t end, const Sizes& n, const Heads<E>& q
   Matrix<T> keys(n.width, n.keys + LANES), values(n.keys, n.width), queries(QUERIES, n.width);
   Matrix<T> scores(QUERIES, n.keys), result(QUERIES, n.width);
   T inverse[QUERIES];
+  const T log2_e = static_cast<T>(LOG2_E);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / n.heads, h = task % n.heads;
-    pack_transposed(k_prefix.of(b, h), n.prefix, n.width, scale, keys, 0);
-    pack_transposed(k.of(b, h), n.queries, n.width, scale, keys, n.prefix);
+    pack_transposed(k_prefix.of(b, h), n.prefix, n.width, scale * log2_e, keys, 0);
+    pack_transposed(k.of(b, h), n.queries, n.width, scale * log2_e, keys, n.prefix);
     pack(v_prefix.of(b, h), n.prefix, n.width, T(1), values);
     pack(v.of(b, h), n.queries, n.width, T(1), values, n.prefix);
     for (int64_t first = 0; first < n.queries; first += QUERIES) {
@@ -305,11 +309,11 @@ void backward_tasks(int64_t begin, int64_t end, const Sizes& n, const Heads<E>& 
   Matrix<T> keys_t(n.width, n.keys + LANES), values_t(keys_t), keys(n.keys, n.width), d_keys(keys), d_values(keys);
   Matrix<T> queries(QUERIES, n.width), d_out(queries), d_queries(queries);
   Matrix<T> weights(QUERIES, n.keys), d_scores(weights);
-  const T one = 1;
+  const T one = 1, log2_e = static_cast<T>(LOG2_E);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / n.heads, h = task % n.heads;
-    pack_transposed(k_prefix.of(b, h), n.prefix, n.width, one, keys_t, 0);
-    pack_transposed(k.of(b, h), n.queries, n.width, one, keys_t, n.prefix);
+    pack_transposed(k_prefix.of(b, h), n.prefix, n.width, log2_e, keys_t, 0);
+    pack_transposed(k.of(b, h), n.queries, n.width, log2_e, keys_t, n.prefix);
     pack_transposed(v_prefix.of(b, h), n.prefix, n.width, one, values_t, 0);
     pack_transposed(v.of(b, h), n.queries, n.width, one, values_t, n.prefix);
     pack(k_prefix.of(b, h), n.prefix, n.width, one, keys);
@@ -345,8 +349,8 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<T
   const Sizes n(q, k_prefix);
   const ScalarType dtype = q.scalar_type();
   const ScalarType wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
-  Tensor out = empty(q, std::array{n.batch, n.queries, n.heads, n.width}, dtype);
-  Tensor lse = empty(q, std::array{n.batch, n.heads, n.queries}, wide);
+  Tensor out = empty(std::array{n.batch, n.queries, n.heads, n.width}, dtype);
+  Tensor lse = empty(std::array{n.batch, n.heads, n.queries}, wide);
   with_types(dtype, [&]<class E, class T>(E, T) {
     const Heads<E> queries(q), keys(k), values(v), prefix_keys(k_prefix), prefix_values(v_prefix), result(out);
     T* sums = mutable_data<T>(lse);
@@ -363,7 +367,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor d_out, Tensor
                                                             double scale) {
   const Sizes n(q, k_prefix);
   const auto of_rows = [&](int64_t rows) {
-    return empty(q, std::array{n.batch, rows, n.heads, n.width}, q.scalar_type());
+    return empty(std::array{n.batch, rows, n.heads, n.width}, q.scalar_type());
   };
   Tensor dq = of_rows(n.queries), dk = of_rows(n.queries), dv = of_rows(n.queries);
   Tensor dk_prefix = of_rows(n.prefix), dv_prefix = of_rows(n.prefix);

@@ -61,11 +61,11 @@ inline Vec smaller(Vec a, Vec b) { return b < a ? b : a; }
 
 inline Vec to_float(VecH bits, BFloat16) { return std::bit_cast<Vec>(widen(bits) << 16); }
 
-inline VecH from_float(Vec v, BFloat16) {  // to nearest, ties to even
-  const VecU bits = std::bit_cast<VecU>(v);
-  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return narrow(v == v ? rounded : VecU{} + 0x7fc0u);
+// Bits whose upper half is v as bfloat16, to nearest, ties away from zero: three operations fewer than ties to even.
+inline VecU rounded(Vec v, BFloat16) {
+  return (std::bit_cast<VecU>(v) + 0x8000u) | std::bit_cast<VecU>(v != v);
 }
+inline VecH from_float(Vec v, BFloat16 type) { return narrow(rounded(v, type) >> 16); }
 
 inline Vec to_float(VecH bits, Half) {
 #if defined(__AVX512F__)
@@ -152,51 +152,95 @@ template <class F>
   if (i < count) f(i, static_cast<int>(count - i));
 }
 
-// The same by N vectors while they last: f(i, N, lanes), then f(i, 1, lanes). Their chains of operations overlap.
+// The same by N vectors while they last, then by 2: f(i, N, lanes), then f(i, 1, lanes). Their operations overlap.
 template <int N, class F>
 [[gnu::always_inline]] inline void for_wide(int64_t count, const F& f) {
   int64_t i = 0;
   for (; i + N * LANES <= count; i += N * LANES) f(i, std::integral_constant<int, N>{}, Full{});
+  if constexpr (N > 2) {
+    for (; i + 2 * LANES <= count; i += 2 * LANES) f(i, std::integral_constant<int, 2>{}, Full{});
+  }
   for_vectors(count - i, [&](int64_t j, auto lanes) { f(i + j, std::integral_constant<int, 1>{}, lanes); });
 }
 
-// q of e^r = 1 + r + r^2 q(r): of degree 2, 3 and 4, with the least relative error on |r| <= 0.347, 5e-6, 1.1e-7, 3e-9.
-inline constexpr float EXP_TERMS[][5] = {{0.50005144f, 0.16753727f, 0.041276816f},
-                                         {0.49999228f, 0.16667117f, 0.04189065f, 0.008312467f},
-                                         {0.49999994f, 0.1666651964f, 0.0416684002f, 0.0083688563f, 0.0013814309f}};
+// N vectors side by side in memory. Pairs of bfloat16 are woven: the even numbers of 2 LANES, then the odd ones, which
+// takes half the operations of keeping their order. Constants to go with them are woven by `weave`.
+template <int N>
+struct Vecs {
+  Vec v[N];
+  Vec& operator[](int i) { return v[i]; }
+};
+template <class T>
+inline constexpr bool WOVEN = std::is_same_v<T, BFloat16>;
 
-// e^u, u = SIGN v: 0 below -87.6, infinity above 88.3, NaN for NaN. e^r is a polynomial of DEGREE 4, 5 or 6; 6 errs
-// by 6.1e-8 with its rounding. A degree costs a twelfth of silu, which its multiply-adds bind.
-//
-// e^v = 2^n e^r with n = round(v / ln 2).
-template <int SIGN = 1, int DEGREE = 6>
-inline Vec exp(Vec v) {
-  constexpr float s = SIGN, low = SIGN > 0 ? -88.0f : -89.0f;
-  v = smaller(larger(v, splat(low)), splat(low + 177.0f));  // n from -127 to 128: exponents of 0 and of infinity
+template <int N, class T>
+[[gnu::always_inline]] inline Vecs<N> load_wide(const T* p, int count = LANES) {
+  Vecs<N> to;
+  if constexpr (WOVEN<T> && N % 2 == 0) {
+    for (int i = 0; i < N; i += 2) {
+      VecU pair;
+      std::memcpy(&pair, p + i * LANES, sizeof pair);
+      to[i] = std::bit_cast<Vec>(pair << 16), to[i + 1] = std::bit_cast<Vec>(pair & 0xffff0000u);
+    }
+  } else {
+    for (int i = 0; i < N; ++i) to[i] = load(p + i * LANES, count);
+  }
+  return to;
+}
+
+template <int N, class T>
+[[gnu::always_inline]] inline void store_wide(T* p, Vecs<N> from, int count = LANES) {
+  if constexpr (WOVEN<T> && N % 2 == 0) {
+    for (int i = 0; i < N; i += 2) {
+      const VecU pair = rounded(from[i], T{}) >> 16 | (rounded(from[i + 1], T{}) & 0xffff0000u);
+      std::memcpy(p + i * LANES, &pair, sizeof pair);
+    }
+  } else {
+    for (int i = 0; i < N; ++i) store(p + i * LANES, from[i], count);
+  }
+}
+
+// Weave numbers as pairs of T are, or put them back into their order.
+template <class T, bool BACK = false, int... I>
+inline void weave(float* values, int64_t count, std::integer_sequence<int, I...> = {}) {
+  if constexpr (!WOVEN<T>) return;
+  else if constexpr (sizeof...(I) == 0) return weave<T, BACK>(values, count, AllLanes{});
+  else {
+    for (; count >= 2 * LANES; count -= 2 * LANES, values += 2 * LANES) {
+      const Vec a = load(values), b = load(values + LANES);
+      constexpr auto from = [](int i) { return BACK ? i / 2 + i % 2 * LANES : i % LANES * 2 + i / LANES; };
+      store(values, lanes(a, b, std::integer_sequence<int, from(I)...>{}));
+      store(values + LANES, lanes(a, b, std::integer_sequence<int, from(I + LANES)...>{}));
+    }
+  }
+}
+
+// 2^f = sum of terms[k] f^k: of degree 3, 4 and 5, with relative errors of 1e-4, 3e-6 and 1.2e-7 on |f| <= 0.5.
+inline constexpr double EXP2_TERMS[][6] = {{1, 0.693283021, 0.242211789, 0.0550088175},
+                                           {1, 0.693123996, 0.240241155, 0.0559075996, 0.00958089251},
+                                           {1, 0.693146974, 0.240222686, 0.0555074449, 0.00967059199, 0.00132605165}};
+inline constexpr double LOG2_E = 1.4426950408889634;
+
+// factor 2^u, u = SIGN v from -127, where it is 0, to 128, where it is infinity, by a polynomial of DEGREE: 2^n 2^f with
+// n = round(u). Powers of two, not of e: what multiplies v anyway can take log2(e) along.
+template <int SIGN, int DEGREE>
+[[gnu::always_inline]] inline Vec exp2(Vec v, double factor = 1) {
+  constexpr auto& terms = EXP2_TERMS[DEGREE - 3];
+  const auto term = [=](int k) { return static_cast<float>((k % 2 ? SIGN : 1) * factor * terms[k]); };
   const float magic = 12583039.0f;  // 1.5 * 2^23 + 127: added, it leaves n + 127, an exponent, in the low bits
-  const Vec shifted = v * (s * 1.44269504f) + magic;
+  const Vec shifted = SIGN > 0 ? magic + v : magic - v;
   const Vec power = std::bit_cast<Vec>(std::bit_cast<VecI>(shifted) << 23);
-  const Vec r = v - (shifted - magic) * (s * 0.69314718f);  // SIGN times r, to be exact
-  constexpr auto& q = EXP_TERMS[DEGREE - 4];
-  Vec p = splat((DEGREE % 2 ? s : 1.0f) * q[DEGREE - 2]);
-  for (int k = DEGREE - 1; k > 1; --k) p = p * r + (k % 2 ? s : 1.0f) * q[k - 2];
-  p = p * r + s;
-  p = p * r + 1.0f;
+  const Vec f = SIGN > 0 ? v - (shifted - magic) : v + (shifted - magic);  // SIGN times f, to be exact
+  Vec p = splat(term(DEGREE));
+  for (int k = DEGREE - 1; k >= 0; --k) p = p * f + term(k);
   return p * power;
 }
 
-// Of results that are stored as T.
+// log2(e) (1 + e^-z), z = u / log2(e), for results that are stored as T; u from -128 to 127.
 template <class T>
-inline Vec one_plus_exp_minus(Vec v) {
-  return 1.0f + exp<-1, sizeof(T) == 4 ? 5 : 4>(v);
+[[gnu::always_inline]] inline Vec log2e_over_sigmoid(Vec u) {
+  return static_cast<float>(LOG2_E) + exp2<-1, sizeof(T) == 4 ? 5 : std::is_same_v<T, BFloat16> ? 3 : 4>(u, LOG2_E);
 }
-template <class T>
-inline Vec sigmoid(Vec v) {
-  return 1.0f / one_plus_exp_minus<T>(v);
-}
-template <class T>
-inline Vec silu(Vec v) {
-  return v / one_plus_exp_minus<T>(v);
-}
+inline Vec clamped(Vec u) { return smaller(larger(u, splat(-128.0f)), splat(127.0f)); }
 
 }  // namespace ldm_sg

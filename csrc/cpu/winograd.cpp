@@ -205,7 +205,7 @@ Tensor pack(Tensor weight, bool backwards) {
   const int64_t o_step = weight.stride(backwards ? 1 : 0), c_step = weight.stride(backwards ? 0 : 1);
   const int64_t y_step = weight.stride(2), x_step = weight.stride(3);
   const int64_t panels = (outputs + PANEL - 1) / PANEL;
-  Tensor packed = torch::stable::new_empty(weight, std::vector<int64_t>{panels, POINTS, inputs, PANEL});
+  Tensor packed = empty(std::array<int64_t, 4>{panels, POINTS, inputs, PANEL}, ScalarType::Float);
   float* to = mutable_data<float>(packed);
   const float* from = data<float>(weight);
   const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD / std::max<int64_t>(1, inputs * PANEL * 9));
@@ -243,7 +243,7 @@ Tensor forward(Tensor x, Tensor packed, Tensor bias) {
   const int64_t values = round_up(channels, PANEL) * POINTS * in.channels;
   STD_TORCH_CHECK(packed.numel() == values, "expected weights for these maps");
   for (const Tensor& t : {packed, bias}) STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "expected float32");
-  Tensor y = torch::stable::new_empty(x, std::vector{in.batch, in.height, in.width, channels});
+  Tensor y = empty(std::array{in.batch, in.height, in.width, channels}, x.scalar_type());
   const Map out(y);
   const int64_t threads = torch::stable::get_num_threads(), share = (in.tiles() + threads - 1) / threads;
   const int64_t some = std::min(FORWARD_TILES, round_up(std::max<int64_t>(share, 1), ROWS));
@@ -309,7 +309,7 @@ Tensor weight_gradient(Tensor x, Tensor dy) {
   const bool alike = in.batch == out.batch && in.height == out.height && in.width == out.width;
   STD_TORCH_CHECK(alike && dy.scalar_type() == x.scalar_type(), "expected dy as x");
   const int64_t columns = round_up(out.channels, PANEL), tiles = in.tiles();
-  Tensor dw = torch::stable::new_empty(x, std::vector<int64_t>{out.channels, 3, 3, in.channels}, ScalarType::Float);
+  Tensor dw = empty(std::array<int64_t, 4>{out.channels, 3, 3, in.channels}, ScalarType::Float);
   const std::unique_ptr<float[]> sums(new float[POINTS * in.channels * columns]);
   const std::unique_ptr<float[]> v(new float[POINTS * GRADIENT_TILES * in.channels]);
   const std::unique_ptr<float[]> d(new float[POINTS * GRADIENT_TILES * columns]);

@@ -30,9 +30,9 @@ CASES = {  # (B, C, H, W), groups
 kernel = pytest.mark.skipif(bool(extension.missing("cpu")), reason=extension.missing("cpu") or "it is here")
 
 
-def inputs(shape: tuple[int, ...] = (2, 6, 4, 5), dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def inputs(shape: tuple[int, ...] = (2, 6, 4, 5), dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
     """x (off centre), weight, bias, scale, shift."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     b, c = shape[:2]
     shapes = (shape, (c,), (c,), (b, c), (b, c))
     made = [torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
@@ -118,10 +118,10 @@ def dtype_id(value: object) -> str:
 
 
 def typed(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, modulated: bool = True
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, modulated: bool = True, seed: int = 0
 ) -> list[Tensor | None]:
     """x, weight, bias, scale, shift; the modulation as ResBlock gives it, two halves of one projection."""
-    x, weight, bias, scale, shift = [t.to(dtype) for t in inputs(shape)]
+    x, weight, bias, scale, shift = [t.to(dtype) for t in inputs(shape, seed=seed)]
     scale, shift = torch.cat([scale, shift], 1).chunk(2, 1)
     return [x.contiguous(memory_format=layout), weight, bias, *((scale, shift) if modulated else (None, None))]
 
@@ -151,22 +151,23 @@ def gradients(run: Callable[..., Tensor], tensors: list[Tensor | None], dy: Tens
 def test_kernel_errs_as_plain_torch_does(
     case: str, dtype: torch.dtype, layout: torch.memory_format, modulated: bool, silu: bool
 ) -> None:
-    shape, groups = CASES[case]
-    tensors, rest = typed(shape, dtype, layout, modulated), (groups, 1e-5, silu)
-    dy = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    exact = group_norm_silu_reference(*double(tensors), *rest)
-    got, plain = fused(*tensors, *rest), group_norm_silu_reference(*tensors, *rest)
-    assert got.dtype == dtype and got.stride() == tensors[0].stride()
-    ulp = torch.finfo(dtype).eps / 2
-    assert error(got, exact) <= 2 * error(plain, exact) + ulp * float(exact.abs().max())
-
-    exact = gradients(group_norm_silu_reference, double(tensors), dy.double(), *rest)
-    plain = gradients(group_norm_silu_reference, tensors, dy, *rest)
-    got = gradients(fused, tensors, dy, *rest)
-    assert got[0].stride() == tensors[0].stride()
-    for ours, theirs, true in zip(got, plain, exact, strict=True):
-        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        assert error(ours, true) <= 3 * error(theirs, true) + ulp * float(true.abs().max())
+    (shape, groups), ulp = CASES[case], torch.finfo(dtype).eps / 2
+    rest = (groups, 1e-5, silu)
+    drawn = []  # of a few draws: in one, seven numbers by chance are three times as exact as in the next
+    for seed in range(3):
+        tensors = typed(shape, dtype, layout, modulated, seed)
+        dy = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+        exact = [group_norm_silu_reference(*double(tensors), *rest)]
+        exact += gradients(group_norm_silu_reference, double(tensors), dy.double(), *rest)
+        plain = [group_norm_silu_reference(*tensors, *rest)]
+        plain += gradients(group_norm_silu_reference, tensors, dy, *rest)
+        got = [fused(*tensors, *rest), *gradients(fused, tensors, dy, *rest)]
+        assert got[0].stride() == got[1].stride() == tensors[0].stride()
+        assert [(t.dtype, t.shape) for t in got] == [(t.dtype, t.shape) for t in plain]
+        drawn.append([(error(g, e), error(p, e), float(e.abs().max())) for g, p, e in zip(got, plain, exact)])
+    for i, results in enumerate(zip(*drawn, strict=True)):
+        ours, theirs, size = (max(values) for values in zip(*results, strict=True))
+        assert ours <= (3 if i else 2) * theirs + ulp * size
 
 
 @kernel
@@ -189,6 +190,21 @@ def test_silu_over_its_whole_range() -> None:
     exact = z.double() * torch.sigmoid(z.double())
     assert ((got - exact).abs() <= 2.5e-7 * z.double().abs().clamp(min=1)).all()
     assert got[-3:].tolist() == pytest.approx([0, 0, 1e30], rel=1e-6, abs=1e-8)
+
+
+@kernel
+@pytest.mark.parametrize("layout", LAYOUTS, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_one_pixel_far_from_all_others(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    x = torch.zeros(2, 40, 64, 64).contiguous(memory_format=layout)
+    x[0, :, 5, 7], x[1, :, 60, 63] = 1, -1
+    weight = torch.logspace(-1, 2, 40, 2)  # z of the pixel is weight 64: to 256
+    arguments = [t.to(dtype) for t in (x, weight, torch.linspace(-1, 1, 40))]
+    rest = (None, None, 40, 1e-12, True)
+    exact = group_norm_silu_reference(*[t.double() for t in arguments], *rest)
+    got, plain = fused(*arguments, *rest), group_norm_silu_reference(*arguments, *rest)
+    assert error(got, exact) <= 2 * error(plain, exact) + torch.finfo(dtype).eps / 2 * float(exact.abs().max())
+    torch.testing.assert_close(got.double(), exact, rtol=8 * torch.finfo(dtype).eps, atol=1e-3)
 
 
 @kernel
