@@ -39,6 +39,17 @@ inline VecD exp2(VecD v) {
   return v;
 }
 
+// ln v for finite v > 0: e ln 2 + ln m with m from sqrt(1/2) to sqrt(2), and ln m = 2 atanh((m - 1) / (m + 1)).
+inline Vec log(Vec v) {
+  const VecI bits = std::bit_cast<VecI>(v), e = (bits - 0x3f3504f3) >> 23;
+  const Vec m = std::bit_cast<Vec>(bits - (e << 23)), s = (m - 1.0f) / (m + 1.0f), q = s * s;
+  return __builtin_convertvector(e, Vec) * 0.693147181f + s * (((0.29871049f * q + 0.3997757f) * q + 0.66666776f) * q + 2.0f);
+}
+inline VecD log(VecD v) {
+  for (int i = 0; i < LANES; ++i) v[i] = std::log(v[i]);
+  return v;
+}
+
 template <class T>
 using VecOf = std::conditional_t<std::is_same_v<T, double>, VecD, Vec>;
 
@@ -229,29 +240,46 @@ void close(T* scores, int64_t keys) {
   for (int64_t j = keys; j % LANES; ++j) scores[j] = -std::numeric_limits<T>::infinity();
 }
 
+// Lane i: all lanes of rows[i], joined by f in a tree.
+template <int BIT = 1, class V, size_t N, class F>
+V across(const V (&rows)[N], const F& f) {
+  if constexpr (N == 1) return rows[0];
+  else {
+    V half[N / 2];
+    for (size_t i = 0; i < N / 2; ++i) {
+      V a = rows[2 * i], b = rows[2 * i + 1];
+      trade<BIT>(a, b, AllLanes{});
+      half[i] = f(a, b);
+    }
+    return across<2 * BIT>(half, f);
+  }
+}
+
 // scores, times log2(e) -> 2^(scores - max), to be multiplied by `inverse`; lse = log-sum-exp of what was not times it.
 template <class T>
 void softmax(Matrix<T>& scores, int64_t rows, int64_t keys, T* inverse, T* lse) {
-  T most[QUERIES];
-  for (int64_t i = 0; i < rows; ++i) {
-    T* row = scores.at(i);
-    close(row, keys);
-    VecOf<T> m = load(row);
-    for (int64_t j = LANES; j < keys; j += LANES) m = larger(m, load(row + j));
-    most[i] = folded(m, [](auto a, auto b) { return larger(a, b); }, AllLanes{});
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    T* row = scores.at(i);
-    VecOf<T> sums{};
-    for_wide<3>((keys + LANES - 1) / LANES * LANES, [&](int64_t j, auto vectors, auto) {
-      constexpr int n = vectors;
-      VecOf<T> e[n];
-      for (int v = 0; v < n; ++v) e[v] = exp2(load(row + j + v * LANES) - most[i]);
-      for (int v = 0; v < n; ++v) store(row + j + v * LANES, e[v]), sums += e[v];
-    });
-    const T sum = sum_of(sums);
-    inverse[i] = 1 / sum;
-    lse[i] = most[i] / static_cast<T>(LOG2_E) + std::log(sum);
+  for (int64_t i = 0; i < rows; i += LANES) {
+    const int count = static_cast<int>(std::min<int64_t>(LANES, rows - i));
+    VecOf<T> most[LANES] = {}, sums[LANES] = {};
+    for (int r = 0; r < count; ++r) {
+      T* row = scores.at(i + r);
+      close(row, keys);
+      most[r] = load(row);
+      for (int64_t j = LANES; j < keys; j += LANES) most[r] = larger(most[r], load(row + j));
+    }
+    const VecOf<T> peak = across(most, [](auto a, auto b) { return larger(a, b); });
+    for (int r = 0; r < count; ++r) {
+      T* row = scores.at(i + r);
+      for_wide<3>((keys + LANES - 1) / LANES * LANES, [&](int64_t j, auto vectors, auto) {
+        constexpr int n = vectors;
+        VecOf<T> e[n];
+        for (int v = 0; v < n; ++v) e[v] = exp2(load(row + j + v * LANES) - peak[r]);
+        for (int v = 0; v < n; ++v) store(row + j + v * LANES, e[v]), sums[r] += e[v];
+      });
+    }
+    const VecOf<T> sum = across(sums, [](auto a, auto b) { return a + b; });
+    store(inverse + i, 1 / sum);
+    store(lse + i, peak / static_cast<T>(LOG2_E) + log(sum), count);
   }
 }
 
@@ -279,7 +307,7 @@ void forward_tasks(int64_t begin, int64_t end, const Sizes& n, const Heads<E>& q
                    const Heads<E>& out, T* lse) {
   Matrix<T> keys(n.width, n.keys + LANES), values(n.keys, n.width), queries(QUERIES, n.width);
   Matrix<T> scores(QUERIES, n.keys), result(QUERIES, n.width);
-  T inverse[QUERIES];
+  T inverse[QUERIES + LANES];
   const T log2_e = static_cast<T>(LOG2_E);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / n.heads, h = task % n.heads;
