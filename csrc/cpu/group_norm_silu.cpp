@@ -107,13 +107,15 @@ void moments(const T* x, const Block& k, const float* shift, float* s1, float* s
 
 enum class Silu { NONE, WITHIN, CLAMPED };  // WITHIN: |u| <= 126 is known
 
-// z = gain x + offset, or silu(u / log2(e)) of u = gain x + offset.
+// z = gain x + offset, or silu(u / log2(e)) of u = gain x + offset. What lies `next` further on than x, the next task's
+// part, comes into the cache meanwhile: its moments would take as long to compute as to fetch.
 template <class T, Silu SILU>
-void apply(const T* x, T* y, const Block& k, const Columns& of) {
+void apply(const T* x, T* y, const Block& k, const Columns& of, int64_t next) {
   const float *gain = of.values[0], *offset = of.values[1];
   for (int64_t r = 0; r < k.rows; ++r) {
     for_wide<4>(k.columns, [=, row = r * k.stride](int64_t c, auto vectors, auto lanes) {
       constexpr int n = vectors;
+      for (size_t i = 0; i < n * LANES; i += 64 / sizeof(T)) __builtin_prefetch(x + row + c + i + next, 0, 2);
       Vecs<n> u = load_wide<n>(x + row + c, lanes);
       for (int64_t i = 0, at = c; i < n; ++i, at += LANES) u[i] = u[i] * load(gain + at) + load(offset + at);
       for (int i = 0; i < n && SILU != Silu::NONE; ++i) {
@@ -264,8 +266,8 @@ Shape shape_of(const Tensor& x, int64_t groups) {
   return {x.size(0), x.size(1), x.size(2) * x.size(3), groups, last};
 }
 
-// Call f(sample, first channel, count of channels, scratch) in as many tasks as keep the threads busy; `keep`: whether
-// scratch has room for the values.
+// Call f(sample, first channel, count of channels, scratch, next) in as many tasks as keep the threads busy; `keep`:
+// whether scratch has room for the values; `next`: how much further on the thread's next part is, 0 if it is not known.
 template <class F>
 void for_tasks(const Shape& shape, bool keep, const F& f) {
   if (shape.batch * shape.channels == 0) return;
@@ -279,7 +281,8 @@ void for_tasks(const Shape& shape, bool keep, const F& f) {
     Scratch scratch(channels, keep ? channels * shape.pixels : 0);
     for (; task < last; ++task) {
       const int64_t begin = task % parts * shape.groups / parts, end = (task % parts + 1) * shape.groups / parts;
-      f(task / parts, begin * shape.width(), (end - begin) * shape.width(), scratch);
+      const int64_t next = parts == 1 && task + 1 < last ? values : 0;
+      f(task / parts, begin * shape.width(), (end - begin) * shape.width(), scratch, next);
     }
   });
 }
@@ -337,14 +340,14 @@ bool fold(int64_t count, Scratch& scratch) {
 // One task of the forward; x and y point at its sample, means and rstds at its first group.
 template <class T>
 void forward_task(const Shape& shape, const T* x, T* y, int64_t n, int64_t first, int64_t count, const Affine& affine,
-                  float* means, float* rstds, double eps, bool silu, Scratch& scratch) {
+                  float* means, float* rstds, double eps, bool silu, Scratch& scratch, int64_t next) {
   statistics(shape, x, first, count, eps, scratch, means, rstds);
   spread(shape, count, means, rstds, scratch.of(2), scratch.of(3));
   affine.write(n, first, count, silu, scratch.of(1), scratch.s1());
   const bool within = fold(count, scratch);
   const auto run = !silu ? apply<T, Silu::NONE> : within ? apply<T, Silu::WITHIN> : apply<T, Silu::CLAMPED>;
   for_columns<T>(shape, first, count, scratch, [&](const Block& k, int64_t, const Columns& of) {
-    run(x + k.offset, y + k.offset, k, of);
+    run(x + k.offset, y + k.offset, k, of, next);
   });
 }
 
@@ -361,10 +364,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const T* from = data<T>(x);
     T* to = mutable_data<T>(y);
     float *means = mutable_data<float>(mean), *rstds = mutable_data<float>(rstd);
-    for_tasks(shape, false, [&](int64_t n, int64_t first, int64_t count, Scratch& scratch) {
+    for_tasks(shape, false, [&](int64_t n, int64_t first, int64_t count, Scratch& scratch, int64_t next) {
       const int64_t slab = n * shape.channels * shape.pixels, group = n * groups + first / shape.width();
       forward_task(shape, from + slab, to + slab, n, first, count, affine, means + group, rstds + group, eps, silu,
-                   scratch);
+                   scratch, next);
     });
   });
   return {y, mean, rstd};
@@ -454,7 +457,7 @@ std::vector<Tensor> backward(
     const T *of_y = data<T>(dy), *from = data<T>(x);
     T* to = mutable_data<T>(of[0]);
     const float *means = data<float>(mean), *rstds = data<float>(rstd);
-    for_tasks(shape, keep, [&](int64_t n, int64_t first, int64_t count, Scratch& scratch) {
+    for_tasks(shape, keep, [&](int64_t n, int64_t first, int64_t count, Scratch& scratch, int64_t) {
       const int64_t slab = n * shape.channels * shape.pixels, channel = n * shape.channels + first;
       const int64_t group = n * groups + first / shape.width();
       backward_task(shape, of_y + slab, from + slab, to + slab, n, first, count, affine, means + group, rstds + group,
