@@ -43,7 +43,8 @@ inline VecD exp2(VecD v) {
 inline Vec log(Vec v) {
   const VecI bits = std::bit_cast<VecI>(v), e = (bits - 0x3f3504f3) >> 23;
   const Vec m = std::bit_cast<Vec>(bits - (e << 23)), s = (m - 1.0f) / (m + 1.0f), q = s * s;
-  return __builtin_convertvector(e, Vec) * 0.693147181f + s * (((0.29871049f * q + 0.3997757f) * q + 0.66666776f) * q + 2.0f);
+  const Vec ln_m = s * (((0.29871049f * q + 0.3997757f) * q + 0.66666776f) * q + 2.0f);
+  return __builtin_convertvector(e, Vec) * 0.693147181f + ln_m;
 }
 inline VecD log(VecD v) {
   for (int i = 0; i < LANES; ++i) v[i] = std::log(v[i]);
