@@ -261,22 +261,27 @@ template <class T>
 void softmax(Matrix<T>& scores, int64_t rows, int64_t keys, T* inverse, T* lse) {
   for (int64_t i = 0; i < rows; i += LANES) {
     const int count = static_cast<int>(std::min<int64_t>(LANES, rows - i));
-    VecOf<T> most[LANES] = {}, sums[LANES] = {};
+    VecOf<T> most[LANES], sums[LANES];
+    for (int r = count; r < LANES; ++r) most[r] = sums[r] = VecOf<T>{};
     for (int r = 0; r < count; ++r) {
       T* row = scores.at(i + r);
       close(row, keys);
-      most[r] = load(row);
-      for (int64_t j = LANES; j < keys; j += LANES) most[r] = larger(most[r], load(row + j));
+      VecOf<T> m = load(row);
+      for (int64_t j = LANES; j < keys; j += LANES) m = larger(m, load(row + j));
+      most[r] = m;
     }
     const VecOf<T> peak = across(most, [](auto a, auto b) { return larger(a, b); });
     for (int r = 0; r < count; ++r) {
       T* row = scores.at(i + r);
+      const T top = peak[r];
+      VecOf<T> sum{};
       for_wide<3>((keys + LANES - 1) / LANES * LANES, [&](int64_t j, auto vectors, auto) {
         constexpr int n = vectors;
         VecOf<T> e[n];
-        for (int v = 0; v < n; ++v) e[v] = exp2(load(row + j + v * LANES) - peak[r]);
-        for (int v = 0; v < n; ++v) store(row + j + v * LANES, e[v]), sums[r] += e[v];
+        for (int v = 0; v < n; ++v) e[v] = exp2(load(row + j + v * LANES) - top);
+        for (int v = 0; v < n; ++v) store(row + j + v * LANES, e[v]), sum += e[v];
       });
+      sums[r] = sum;
     }
     const VecOf<T> sum = across(sums, [](auto a, auto b) { return a + b; });
     store(inverse + i, 1 / sum);
