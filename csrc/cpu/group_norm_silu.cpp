@@ -159,13 +159,13 @@ void statistics(const Shape& shape, const T* x, int64_t first, int64_t count, do
   const int64_t width = shape.width(), some = std::min<int64_t>(width * shape.pixels, 8);
   const int64_t step = shape.channels_last ? 1 : shape.pixels, next = shape.channels_last ? shape.channels : 1;
   float* centre = scratch.of(0);
-  for (int64_t c = 0; c < count && some; c += width) {
+  for (int64_t c = 0; c < count; c += width) {
     float sum = 0;
     const T* at = x + (first + c) * step;
     for (int64_t left = some; left > 0; left -= width, at += next) {
       for (int64_t i = 0; i < std::min(left, width); ++i) sum += load(at + i * step, 1)[0];
     }
-    std::fill_n(centre + c, width, sum / static_cast<float>(some));
+    std::fill_n(centre + c, width, some ? sum / static_cast<float>(some) : 0.0f);
   }
   sum_columns<T>(shape, first, count, scratch, [&](const Block& k, int64_t, const Columns& of, float* s1, float* s2) {
     moments(x + k.offset, k, of.values[0], s1, s2);
@@ -188,7 +188,8 @@ void spread(const Shape& shape, int64_t count, const float* means, const float* 
 }
 
 // Fold mean and rstd into gain and offset, constants 0 and 1 from then on. Whether all of the task's |u| <= 126 then,
-// 14 at the centre and 112 from there: no x is further than sqrt(s2) from the centre.
+// 14 at the centre and 112 from there: no x is further than sqrt(s2) from the centre. What lies behind the last
+// channel counts, too, and can only say no.
 bool fold(int64_t count, Scratch& scratch) {
   float *centre = scratch.of(0), *gain = scratch.of(1);
   const float *mean = scratch.of(2), *rstd = scratch.of(3), *offset = scratch.s1(), *s2 = scratch.s2();
@@ -268,9 +269,9 @@ void backward_task(const Shape& shape, const T* dy, const T* x, T* dx, int64_t n
   const int64_t width = shape.width();
   for (int64_t g = 0, c = 0; c < count; ++g, c += width) {
     const double per = rstds[g] / static_cast<double>(width * shape.pixels);
-    const double of_x = total(xhat_sum + c, width) * per * rstds[g];
-    std::fill_n(mean + c, width, static_cast<float>(of_x));
-    std::fill_n(offset + c, width, static_cast<float>(total(sum + c, width) * per - of_x * means[g]));
+    const float of_x = static_cast<float>(total(xhat_sum + c, width) * per * rstds[g]);
+    std::fill_n(mean + c, width, of_x);
+    std::fill_n(offset + c, width, static_cast<float>(total(sum + c, width) * per - double{of_x} * means[g]));
   }
   for_columns<T>(shape, first, count, scratch, [&](const Block& k, int64_t, const Columns& of) {
     grad_apply<T>(x + k.offset, dz(k), dz_stride, dx + k.offset, k, of);

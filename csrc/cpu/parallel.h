@@ -39,13 +39,21 @@ T* mutable_data(Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
+// Set by tests: new tensors are NaN then, and show what a kernel has not written.
+extern "C" {
+[[gnu::visibility("default")]] inline bool ldm_sg_poison = false;
+}
+
 // A new tensor. What torch::stable offers looks its operator up by name at every call, longer than a small map takes.
 inline Tensor empty(int64_t dims, const int64_t* size, const int64_t* stride, ScalarType dtype) {
   const auto number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, size, stride, number, aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
+  Tensor t(made);
+  const int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  if (ldm_sg_poison) std::memset(t.data_ptr(), 0xff, t.numel() * bytes);
+  return t;
 }
 
 template <size_t N>

@@ -20,6 +20,7 @@ constexpr int64_t QUERIES = 32;  // of a block: 32 x 72 scores are 9 KiB
 constexpr int64_t DEPTH = 128;   // of a product's sums at a time: 128 x 3 vectors are 12 KiB
 
 using ldm_sg::larger;
+using ldm_sg::smaller;
 using ldm_sg::load;
 using ldm_sg::store;
 
@@ -31,6 +32,7 @@ inline VecD load(const double* p, int count = LANES) {
 }
 inline void store(double* p, VecD v, int count = LANES) { std::memcpy(p, &v, count * sizeof(double)); }
 inline VecD larger(VecD a, VecD b) { return b > a ? b : a; }
+inline VecD smaller(VecD a, VecD b) { return b < a ? b : a; }
 
 // 2^v for v <= 127.
 inline Vec exp2(Vec v) { return ldm_sg::exp2<1, 5>(larger(v, splat(-127.0f))); }
@@ -39,12 +41,12 @@ inline VecD exp2(VecD v) {
   return v;
 }
 
-// ln v for finite v > 0: e ln 2 + ln m with m from sqrt(1/2) to sqrt(2), and ln m = 2 atanh((m - 1) / (m + 1)).
+// ln v for finite v > 0, else NaN: e ln 2 + ln m with m from sqrt(1/2) to sqrt(2), ln m = 2 atanh((m - 1) / (m + 1)).
 inline Vec log(Vec v) {
   const VecI bits = std::bit_cast<VecI>(v), e = (bits - 0x3f3504f3) >> 23;
   const Vec m = std::bit_cast<Vec>(bits - (e << 23)), s = (m - 1.0f) / (m + 1.0f), q = s * s;
   const Vec ln_m = s * (((0.29871049f * q + 0.3997757f) * q + 0.66666776f) * q + 2.0f);
-  return __builtin_convertvector(e, Vec) * 0.693147181f + ln_m;
+  return __builtin_convertvector(e, Vec) * 0.693147181f + ln_m + (v - v);
 }
 inline VecD log(VecD v) {
   for (int i = 0; i < LANES; ++i) v[i] = std::log(v[i]);
@@ -296,14 +298,17 @@ void softmax_backward(Matrix<T>& scores, Matrix<T>& d_weights, int64_t rows, int
     T *row = scores.at(i), *d = d_weights.at(i);
     close(row, keys);
     const T log2_of_sum = lse[i] * static_cast<T>(LOG2_E);
-    VecOf<T> products{};
+    VecOf<T> sums{}, products{};
     for (int64_t j = 0; j < keys; j += LANES) {
-      const VecOf<T> p = exp2(load(row + j) - log2_of_sum);
+      const VecOf<T> p = exp2(smaller(load(row + j) - log2_of_sum, VecOf<T>{} + 64));
       store(row + j, p);
-      products += p * load(d + j);
+      sums += p, products += p * load(d + j);
     }
-    const T delta = sum_of(products);
-    for (int64_t j = 0; j < keys; j += LANES) store(d + j, load(row + j) * (load(d + j) - delta));
+    const T inverse = 1 / sum_of(sums), delta = sum_of(products) * inverse;  // the sum is 1 but for lse's rounding
+    for (int64_t j = 0; j < keys; j += LANES) {
+      const VecOf<T> p = load(row + j) * inverse;
+      store(row + j, p), store(d + j, p * (load(d + j) - delta));
+    }
   }
 }
 
@@ -313,7 +318,8 @@ void forward_tasks(int64_t begin, int64_t end, const Sizes& n, const Heads<E>& q
                    const Heads<E>& out, T* lse) {
   Matrix<T> keys(n.width, n.keys + LANES), values(n.keys, n.width), queries(QUERIES, n.width);
   Matrix<T> scores(QUERIES, n.keys), result(QUERIES, n.width);
-  T inverse[QUERIES + LANES];
+  static_assert(QUERIES % LANES == 0);
+  T inverse[QUERIES];
   const T log2_e = static_cast<T>(LOG2_E);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / n.heads, h = task % n.heads;
@@ -346,15 +352,15 @@ void backward_tasks(int64_t begin, int64_t end, const Sizes& n, const Heads<E>& 
   const T one = 1, log2_e = static_cast<T>(LOG2_E);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / n.heads, h = task % n.heads;
-    pack_transposed(k_prefix.of(b, h), n.prefix, n.width, log2_e, keys_t, 0);
-    pack_transposed(k.of(b, h), n.queries, n.width, log2_e, keys_t, n.prefix);
+    pack_transposed(k_prefix.of(b, h), n.prefix, n.width, scale * log2_e, keys_t, 0);  // as in the forward, to the bit
+    pack_transposed(k.of(b, h), n.queries, n.width, scale * log2_e, keys_t, n.prefix);
     pack_transposed(v_prefix.of(b, h), n.prefix, n.width, one, values_t, 0);
     pack_transposed(v.of(b, h), n.queries, n.width, one, values_t, n.prefix);
     pack(k_prefix.of(b, h), n.prefix, n.width, one, keys);
     pack(k.of(b, h), n.queries, n.width, one, keys, n.prefix);
     for (int64_t first = 0; first < n.queries; first += QUERIES) {
       const int64_t rows = std::min(QUERIES, n.queries - first);
-      pack(q.of(b, h, first), rows, n.width, scale, queries);
+      pack(q.of(b, h, first), rows, n.width, one, queries);
       pack(d.of(b, h, first), rows, n.width, one, d_out);
       product(plain(queries), keys_t, weights, rows, n.width, n.keys);
       product(plain(d_out), values_t, d_scores, rows, n.width, n.keys);
@@ -364,9 +370,9 @@ void backward_tasks(int64_t begin, int64_t end, const Sizes& n, const Heads<E>& 
       product(transposed(weights), d_out, d_values, n.keys, rows, n.width, first > 0);
       unpack(d_queries, 0, rows, n.width, &scale, 0, to.q.of(b, h, first));
     }
-    unpack(d_keys, 0, n.prefix, n.width, &one, 0, to.k_prefix.of(b, h));
+    unpack(d_keys, 0, n.prefix, n.width, &scale, 0, to.k_prefix.of(b, h));
     unpack(d_values, 0, n.prefix, n.width, &one, 0, to.v_prefix.of(b, h));
-    unpack(d_keys, n.prefix, n.queries, n.width, &one, 0, to.k.of(b, h));
+    unpack(d_keys, n.prefix, n.queries, n.width, &scale, 0, to.k.of(b, h));
     unpack(d_values, n.prefix, n.queries, n.width, &one, 0, to.v.of(b, h));
   }
 }

@@ -233,9 +233,10 @@ def test_nan_and_infinity_stay_in_their_group(layout: torch.memory_format) -> No
 
 @kernel
 @pytest.mark.parametrize("layout", LAYOUTS, ids=dtype_id)
-def test_result_does_not_depend_on_threads_batch_or_layout(layout: torch.memory_format) -> None:
-    tensors, threads = typed((5, 96, 6, 6), torch.float32, layout), torch.get_num_threads()
-    dy = torch.randn(5, 96, 6, 6, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_result_does_not_depend_on_threads_or_batch(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    tensors, threads = typed((5, 96, 6, 6), dtype, layout), torch.get_num_threads()
+    dy = torch.randn(5, 96, 6, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
 
     def everything(some: slice = slice(None)) -> list[Tensor]:
         x, weight, bias, scale, shift = tensors

@@ -157,6 +157,26 @@ def test_kernel_errs_as_plain_torch_does(case: str, dtype: torch.dtype) -> None:
 
 
 @kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("which", [1, 3])
+def test_nan_in_one_key_is_everywhere_in_its_head(which: int, dtype: torch.dtype) -> None:
+    tensors = [t.clone() for t in packed("odd", dtype)]
+    tensors[which][0, 1, 0, 2] = torch.nan
+    got, plain = both_ways(kernel_attention, tensors), both_ways(plain_torch, tensors)
+    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got, plain, strict=True))
+    assert got[0][0, :, 0].isnan().all() and not got[0][0, :, 1].isnan().any()
+
+
+@kernel
+def test_scores_past_all_measure() -> None:
+    tensors = packed("odd", torch.float32)
+    tensors[0] = tensors[0] * 1e7  # each query sees one key
+    got, exact = both_ways(kernel_attention, tensors), both_ways(plain_torch, tensors, torch.float64)
+    for a, e in zip((got[0], got[3]), (exact[0], exact[3]), strict=True):  # out and the gradient of v
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5)
+
+
+@kernel
 def test_any_strides() -> None:
     dense = inputs(torch.float32)
     expected = both_ways(kernel_attention, dense)
