@@ -152,31 +152,44 @@ struct Affine {
   }
 };
 
-// Mean and 1 / sqrt(variance + eps) of the task's groups, from moments about the mean of some of their values.
+// The mean of eight of each group's values.
 template <class T>
-void statistics(const Shape& shape, const T* x, int64_t first, int64_t count, double eps, Scratch& scratch,
-                float* means, float* rstds) {
+void guess_means(const Shape& shape, const T* x, int64_t first, int64_t count, float* to) {
   const int64_t width = shape.width(), some = std::min<int64_t>(width * shape.pixels, 8);
   const int64_t step = shape.channels_last ? 1 : shape.pixels, next = shape.channels_last ? shape.channels : 1;
-  float* centre = scratch.of(0);
   for (int64_t c = 0; c < count; c += width) {
     float sum = 0;
     const T* at = x + (first + c) * step;
     for (int64_t left = some; left > 0; left -= width, at += next) {
       for (int64_t i = 0; i < std::min(left, width); ++i) sum += load(at + i * step, 1)[0];
     }
-    std::fill_n(centre + c, width, some ? sum / static_cast<float>(some) : 0.0f);
+    std::fill_n(to + c, width, some ? sum / static_cast<float>(some) : 0.0f);
   }
+}
+
+// Mean and 1 / sqrt(variance + eps) of the task's groups, from moments about a guess. A group whose guess was far off,
+// by an outlier among its eight, takes them again about its mean; the others' come out as they were.
+template <class T>
+void statistics(const Shape& shape, const T* x, int64_t first, int64_t count, double eps, Scratch& scratch,
+                float* means, float* rstds, bool again = false) {
+  const int64_t width = shape.width();
+  const double per = 1.0 / static_cast<double>(std::max<int64_t>(1, width * shape.pixels));
+  float* centre = scratch.of(0);
+  if (!again) guess_means(shape, x, first, count, centre);
   sum_columns<T>(shape, first, count, scratch, [&](const Block& k, int64_t, const Columns& of, float* s1, float* s2) {
     moments(x + k.offset, k, of.values[0], s1, s2);
   });
-  const double per = 1.0 / static_cast<double>(std::max<int64_t>(1, width * shape.pixels));
+  bool far = false;
   for (int64_t g = 0, c = 0; c < count; ++g, c += width) {
     const double mean = total(scratch.s1() + c, width) * per;
     const double variance = total(scratch.s2() + c, width) * per - mean * mean;
     means[g] = static_cast<float>(centre[c] + mean);
     rstds[g] = static_cast<float>(1 / std::sqrt((variance < 0 ? 0 : variance) + eps));
+    if (again || !(mean * mean > 8 * variance)) continue;
+    far = true;
+    std::fill_n(centre + c, width, means[g]);
   }
+  if (far) statistics(shape, x, first, count, eps, scratch, means, rstds, true);
 }
 
 // A task's means and rstds, a number per channel.
