@@ -209,16 +209,17 @@ def test_one_pixel_far_from_all_others(dtype: torch.dtype, layout: torch.memory_
 
 @kernel
 @pytest.mark.parametrize("layout", LAYOUTS, ids=dtype_id)
-def test_an_outlier_costs_no_digits_wherever_it_is(layout: torch.memory_format) -> None:
-    x, *rest = typed((2, 32, 16, 16), torch.float32, layout)
-    x[0, 0, 0, 0], x[0, 9, 3, 3] = 3000, -3000  # of the first, one among the values that give the centre
-    exact = group_norm_silu_reference(*double([x, *rest]), 4, 1e-5, True)
-    got, plain = fused(x, *rest, 4, 1e-5, True), group_norm_silu_reference(x, *rest, 4, 1e-5, True)
-    for c in range(0, 32, 8):
-        part = slice(c, c + 8)
-        assert error(got[0, part], exact[0, part]) <= 2 * error(plain[0, part], exact[0, part]) + 6e-8 * float(
-            exact[0, part].abs().max()
-        )
+def test_an_outlier_costs_no_digits(layout: torch.memory_format) -> None:
+    drawn = []
+    for seed in range(3):
+        tensors = typed((1, 32, 16, 16), torch.float32, layout, modulated=False, seed=seed)
+        tensors[0][0, 0, 0, 0] = 3000  # one of the values whose mean moments are about
+        rest = (1, 1e-5, False)
+        exact = group_norm_silu_reference(*double(tensors), *rest)
+        got, plain = fused(*tensors, *rest), group_norm_silu_reference(*tensors, *rest)
+        drawn.append((error(got, exact), error(plain, exact), float(exact.abs().max())))
+    ours, theirs, size = (max(values) for values in zip(*drawn, strict=True))
+    assert ours <= 2 * theirs + 2**-24 * size
 
 
 @kernel
