@@ -85,7 +85,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     for pattern, replacement in REPLACED.items():
         text, found = re.subn(pattern, replacement, text, flags=re.DOTALL)
         assert found, pattern
-    (folder / "kernels.cpp").write_text('#include <bit>\n#include "host_cuda.h"\n' + text + ENTRANCE)
+    (folder / "kernels.cpp").write_text('#include "host_cuda.h"\n' + text + ENTRANCE)
     flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=fast", f"-I{Path(__file__).parent}"]
     subprocess.run([compiler, *flags, "kernels.cpp", "-o", "kernels.so"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "kernels.so"))
@@ -112,9 +112,7 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, modulated: bool) -> list[Te
     generator = torch.Generator().manual_seed(0)
     b, c = shape[:2]
     made = [torch.randn(s, generator=generator).to(dtype) for s in (shape, (c,), (c,), (b, 2 * c), shape)]
-    x, dy = (
-        (t * k + m).contiguous(memory_format=torch.channels_last) for t, k, m in ((made[0], 3, 2), (made[4], 1, 0))
-    )
+    x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (made[0] * 3 + 2, made[4]))
     return [x, *made[1:3], *(made[3].chunk(2, 1) if modulated else (None, None)), dy]
 
 
